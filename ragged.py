@@ -1,0 +1,110 @@
+"""Ragged batches: sequences of unequal length, end to end in one flat row, with fences. Nothing is padded.
+
+    ids         int64 [T]      b a t c a t d o g
+    cu_seqlens  int32 [B + 1]  0     3     6     9       sequence b is ids[cu_seqlens[b] : cu_seqlens[b + 1]]
+
+Both methods in this repository change lengths as they generate. On a padded rectangle every insertion would move a
+whole tail and every deletion would leave a hole; on a flat row both are one boolean mask and one cumulative sum over
+the fences, which is all that `apply_edits` does.
+
+The same object travels through data, model, loss and sampler. Shapes in this repository: T tokens, B sequences,
+D hidden, V vocabulary, N selected rows.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+KEEP, SUB, DEL, INS = 0, 1, 2, 3  # the edits, in the order in which ties are broken (edit_distance.c)
+GAP = -1  # "no token here": the other side of an insertion or a deletion
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """B sequences in one row.
+
+    ids        int64 [T]
+    cu_seqlens int32 [B + 1], cu_seqlens[0] = 0, cu_seqlens[B] = T, never decreasing
+    max_seqlen length of the longest sequence
+    """
+
+    ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @staticmethod
+    def pack(sequences, device=None) -> "Ragged":
+        """Lists of token ids (or 1-D tensors / arrays) to one ragged row."""
+        lengths = [len(s) for s in sequences]
+        parts = [torch.as_tensor(s, dtype=torch.int64) for s in sequences]
+        ids = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+        return Ragged.from_lengths(ids.to(device), torch.tensor(lengths, dtype=torch.int64, device=device))
+
+    @staticmethod
+    def from_lengths(ids: Tensor, lengths: Tensor) -> "Ragged":
+        """A flat row [T] and the B lengths it divides into."""
+        cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=ids.device)
+        cu_seqlens[1:] = lengths.cumsum(0)
+        return Ragged(ids, cu_seqlens, int(lengths.max()) if len(lengths) else 0)
+
+    def unpack(self) -> list[list[int]]:
+        """Back to B lists of token ids."""
+        ids, fences = self.ids.tolist(), self.cu_seqlens.tolist()
+        return [ids[a:b] for a, b in zip(fences[:-1], fences[1:])]
+
+    def to(self, device) -> "Ragged":
+        return Ragged(self.ids.to(device), self.cu_seqlens.to(device), self.max_seqlen)
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """int64 [B]"""
+        return self.cu_seqlens.diff().long()
+
+    @cached_property
+    def batch(self) -> Tensor:
+        """int64 [T]: the sequence each token belongs to."""
+        return torch.arange(len(self), device=self.ids.device).repeat_interleave(self.lengths)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [T]: 0, 1, 2, ... restarting at every fence."""
+        return torch.arange(len(self.ids), device=self.ids.device) - self.cu_seqlens[self.batch].long()
+
+
+def apply_edits(x: Ragged, op: Tensor, sub_token: Tensor, ins_token: Tensor) -> Ragged:
+    """One round of edits, all at once.
+
+    op        uint8 [T]  KEEP, SUB or DEL for every token
+    sub_token int64 [T]  what a SUB token becomes (not read elsewhere)
+    ins_token int64 [T]  inserted directly to the right of the token, GAP for nothing; a deleted token may insert too
+
+    A token followed by its insertion is two slots; the slots that hold something are the new row.
+    """
+    survivor = torch.where(op == SUB, sub_token, x.ids)
+    slots = torch.stack([torch.where(op == DEL, GAP, survivor), ins_token], dim=1)  # [T, 2]
+    filled = slots != GAP
+    lengths = torch.zeros_like(x.lengths).index_add_(0, x.batch, filled.sum(1))
+    return Ragged.from_lengths(slots[filled], lengths)
+
+
+def uniform_noise(seed: Tensor, step: int, position: Tensor, stream: int) -> Tensor:
+    """Counter-based uniform numbers in (0, 1): a hash of (seed, step, position, stream), float64, shaped like `position`.
+
+    A stateful generator hands out numbers in the order in which they are asked for, so a sequence would get other
+    numbers, and another text, when its neighbours in the batch change. Here each draw is a pure function of its address.
+    The mixer is SplitMix64 (Steele, Lea, Flood 2014), two rounds; int64 multiplication wraps as it should.
+    """
+    key = seed + 0x632BE59BD9B4E019 * step + 0x2545F4914F6CDD1D * stream
+    return (_mix(_mix(key) + position * -0x61C8864680B583EB) >> 11 & 0x1FFFFFFFFFFFFF).double().add(0.5) * 2.0**-53
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser. Torch shifts int64 arithmetically; the masks make the shifts logical."""
+    z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return z ^ (z >> 31 & 0x1FFFFFFFF)
