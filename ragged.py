@@ -97,14 +97,15 @@ def uniform_noise(seed: Tensor, step: int, position: Tensor, stream: int) -> Ten
 
     A stateful generator hands out numbers in the order in which they are asked for, so a sequence would get other
     numbers, and another text, when its neighbours in the batch change. Here each draw is a pure function of its address.
-    The mixer is SplitMix64 (Steele, Lea, Flood 2014), two rounds; int64 multiplication wraps as it should.
+    The mixer is SplitMix64's (Steele, Lea, Flood 2014); int64 multiplication wraps as it should. `stream` < 8.
     """
-    key = seed + 0x632BE59BD9B4E019 * step + 0x2545F4914F6CDD1D * stream
-    return (_mix(_mix(key) + position * -0x61C8864680B583EB) >> 11 & 0x1FFFFFFFFFFFFF).double().add(0.5) * 2.0**-53
+    key = _mix(_mix(seed) + step * 8 + stream)
+    return (_mix(key + position) >> 11 & 0x1FFFFFFFFFFFFF).double().add(0.5) * 2.0**-53
 
 
 def _mix(z: Tensor) -> Tensor:
-    """SplitMix64's finaliser. Torch shifts int64 arithmetically; the masks make the shifts logical."""
+    """SplitMix64: add the golden ratio, then scramble. Torch shifts int64 arithmetically; the masks make the shifts logical."""
+    z = z - 0x61C8864680B583EB
     z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return z ^ (z >> 31 & 0x1FFFFFFFF)
