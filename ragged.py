@@ -100,7 +100,7 @@ def uniform_noise(seed: Tensor, step: int, position: Tensor, stream: int) -> Ten
     The mixer is SplitMix64's (Steele, Lea, Flood 2014); int64 multiplication wraps as it should. `stream` < 8.
     """
     key = _mix(_mix(seed) + step * 8 + stream)
-    return (_mix(key + position) >> 11 & 0x1FFFFFFFFFFFFF).double().add(0.5) * 2.0**-53
+    return (_mix(key + position) >> 12 & 0xFFFFFFFFFFFFF).double().add(0.5) * 2.0**-52
 
 
 def _mix(z: Tensor) -> Tensor:
