@@ -1,0 +1,658 @@
+"""Backbones and heads: text in, one hidden vector per token out, and small heads on top.
+
+Read in this order:
+
+    attend                       attention over a ragged batch (ragged.py): every token sees its own sequence, both ways
+    Decoder, ModernBert, Bert    the backbones; parameter names are the Hugging Face names of each architecture
+    EditFlowModel, MEDLMModel    backbone + the heads of the two methods
+    weighted_nll                 cross-entropy through a wide vocabulary without ever holding [T, V] floats
+    build, load, save            new models from presets; checkpoints as config.json + safetensors
+
+A language model that edits must look both ways, so decoder-only checkpoints (Llama, Qwen, ...) run here without their
+causal mask. Both models return hidden states [T, D]; the heads are then applied only to the rows that are needed.
+"""
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ragged import Ragged
+
+SHORT = 192  # up to this length one padded softmax beats a call per sequence on CPU (`bench.py attention`)
+
+
+# ---------------------------------------------------------------------------------------------------- attention
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None = None) -> Tensor:
+    """Bidirectional attention inside each sequence of a ragged batch.
+
+    q [T, H, hd]; k, v [T, KV, hd] with H a multiple of KV; returns [T, H, hd].
+    window: None for full attention, else token i sees the tokens j with |i - j| <= window.
+    """
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        side = -1 if window is None else window
+        groups = q.shape[1] // k.shape[1]  # expanded here: torch 2.11 has no enable_gqa
+        k, v = (z.repeat_interleave(groups, dim=1) if groups > 1 else z for z in (k, v))
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(side, side))
+    if max_seqlen <= SHORT:
+        return _attend_padded(q, k, v, cu_seqlens, max_seqlen, window)
+    fences = cu_seqlens.tolist()
+    rows = [_attend_one(q[a:b], k[a:b], v[a:b], window) for a, b in zip(fences[:-1], fences[1:]) if b > a]
+    return torch.cat(rows)
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    mask = None
+    if window is not None and len(q) > window + 1:
+        i = torch.arange(len(q), device=q.device)
+        mask = (i[:, None] - i).abs() <= window
+    q, k, v = (z.transpose(0, 1)[None] for z in (q, k, v))  # [1, H, L, hd]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, L: int, window: int | None) -> Tensor:
+    column = torch.arange(L, device=q.device)
+    valid = column < cu_seqlens.diff()[:, None]  # [B, L]
+
+    def pad(z: Tensor) -> Tensor:  # [T, h, hd] -> [B, H, L, hd]
+        out = z.new_zeros(*valid.shape, *z.shape[1:])
+        out[valid] = z
+        return out.transpose(1, 2).repeat_interleave(q.shape[1] // z.shape[1], dim=1)
+
+    scores = pad(q) @ pad(k).transpose(2, 3) * q.shape[-1] ** -0.5  # [B, H, L, L]
+    visible = valid[:, None, None]
+    if window is not None:
+        visible = visible & ((column[:, None] - column).abs() <= window)
+    # a finite floor: a padding row sees nothing at all, and softmax over -inf alone is NaN
+    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
+    return (weights @ pad(v)).transpose(1, 2)[valid]
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding (RoPE, Su et al. 2021): cos and sin, each float32 [T, 1, head_dim].
+
+    scaling: a config's `rope_scaling`; types default, linear and llama3. Raises ValueError for others.
+    """
+    inv_freq = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+    if kind == "linear":
+        inv_freq = inv_freq / scaling["factor"]
+    elif kind == "llama3":  # slow frequencies are stretched, fast ones kept, the band between interpolated
+        turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        inv_freq = inv_freq * (keep + (1 - keep) / scaling["factor"])
+    elif kind != "default":
+        raise ValueError(f"config.json: rope_scaling type {kind!r} is not supported (default, linear, llama3 are)")
+    angles = positions[:, None].float() * inv_freq  # [T, hd / 2]
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply RoPE to x [T, H, hd]; the pairs are (i, i + hd / 2), as in all checkpoints we read."""
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- decoder family
+
+
+class DecoderAttention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q_size, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=c.attention_bias)
+        self.o_proj = nn.Linear(q_size, c.hidden_size, bias=c.attention_out_bias)
+        self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, h, rope, x: Ragged):
+        q, k, v = (proj(h).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        return self.o_proj(attend(q, k, v, x.cu_seqlens, x.max_seqlen).flatten(1))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, h):
+        return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn = DecoderAttention(c)
+        self.mlp = SwiGLU(c)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, h, rope, x: Ragged):
+        h = h + self.self_attn(self.input_layernorm(h), rope, x)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Decoder(nn.Module):
+    """Llama, Qwen2, Qwen3, Dream and LLaDA, run in both directions. [T] token ids -> [T, D]."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Ragged, extra: Tensor | None = None) -> Tensor:
+        c = self.config
+        h = self.embed_tokens(x.ids)
+        h = h if extra is None else h + extra
+        rope = rotary(x.positions, c.head_dim, c.rope_theta, c.rope_scaling)
+        for layer in self.layers:
+            h = run(self, layer, h, rope, x)
+        return self.norm(h)
+
+
+def run(backbone: nn.Module, layer: nn.Module, *inputs):
+    """One block; under gradient checkpointing its activations are recomputed in the backward pass."""
+    if backbone.gradient_checkpointing and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False)
+    return layer(*inputs)
+
+
+# ---------------------------------------------------------------------------------------------------- ModernBERT
+
+
+class ModernBertLayer(nn.Module):
+    def __init__(self, c, is_first: bool):
+        super().__init__()
+        bias = c.attention_bias
+        self.heads = c.num_attention_heads
+        # the embeddings are normalised already, so the first block has no attention norm
+        self.attn_norm = nn.Identity() if is_first else nn.LayerNorm(c.hidden_size, c.norm_eps, bias=c.norm_bias)
+        self.attn = nn.ModuleDict(
+            {
+                "Wqkv": nn.Linear(c.hidden_size, 3 * c.hidden_size, bias=bias),
+                "Wo": nn.Linear(c.hidden_size, c.hidden_size, bias=bias),
+            }
+        )
+        self.mlp_norm = nn.LayerNorm(c.hidden_size, c.norm_eps, bias=c.norm_bias)
+        self.mlp = nn.ModuleDict(
+            {
+                "Wi": nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=c.mlp_bias),
+                "Wo": nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias),
+            }
+        )
+
+    def forward(self, h, rope, x: Ragged, window):
+        qkv = self.attn["Wqkv"](self.attn_norm(h)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.unbind(1)  # each [T, H, hd]
+        mixed = attend(rotate(q, *rope), rotate(k, *rope), v, x.cu_seqlens, x.max_seqlen, window)
+        h = h + self.attn["Wo"](mixed.flatten(1))
+        value, gate = self.mlp["Wi"](self.mlp_norm(h)).chunk(2, dim=-1)
+        return h + self.mlp["Wo"](F.gelu(value) * gate)
+
+
+class ModernBert(nn.Module):
+    """ModernBERT with its prediction head: local attention, every third block global. [T] token ids -> [T, D]."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.gradient_checkpointing = False
+        norm = {"eps": c.norm_eps, "bias": c.norm_bias}
+        self.embeddings = nn.ModuleDict(
+            {
+                "tok_embeddings": nn.Embedding(c.vocab_size, c.hidden_size),
+                "norm": nn.LayerNorm(c.hidden_size, **norm),
+            }
+        )
+        self.layers = nn.ModuleList(ModernBertLayer(c, is_first=i == 0) for i in range(c.num_hidden_layers))
+        self.final_norm = nn.LayerNorm(c.hidden_size, **norm)
+        self.head = nn.ModuleDict(
+            {
+                "dense": nn.Linear(c.hidden_size, c.hidden_size, bias=c.classifier_bias),
+                "norm": nn.LayerNorm(c.hidden_size, **norm),
+            }
+        )
+
+    def forward(self, x: Ragged, extra: Tensor | None = None) -> Tensor:
+        c = self.config
+        h = self.embeddings["tok_embeddings"](x.ids)
+        h = self.embeddings["norm"](h if extra is None else h + extra)
+        head_dim = c.hidden_size // c.num_attention_heads
+        full, local = rotary(x.positions, head_dim, c.global_rope_theta), rotary(x.positions, head_dim, c.local_rope_theta)
+        for i, layer in enumerate(self.layers):
+            is_global = i % c.global_attn_every_n_layers == 0
+            h = run(self, layer, h, full if is_global else local, x, None if is_global else c.local_attention // 2)
+        return self.head["norm"](F.gelu(self.head["dense"](self.final_norm(h))))
+
+
+# ---------------------------------------------------------------------------------------------------- BERT, RoBERTa
+
+
+class BertLayer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        D, eps = c.hidden_size, c.layer_norm_eps
+        self.heads = c.num_attention_heads
+        self.attention = nn.ModuleDict(
+            {
+                "self": nn.ModuleDict({name: nn.Linear(D, D) for name in ("query", "key", "value")}),
+                "output": nn.ModuleDict({"dense": nn.Linear(D, D), "LayerNorm": nn.LayerNorm(D, eps)}),
+            }
+        )
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, c.intermediate_size)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(c.intermediate_size, D), "LayerNorm": nn.LayerNorm(D, eps)})
+
+    def forward(self, h, x: Ragged):
+        q, k, v = (self.attention["self"][name](h).unflatten(-1, (self.heads, -1)) for name in ("query", "key", "value"))
+        out = self.attention["output"]
+        h = out["LayerNorm"](h + out["dense"](attend(q, k, v, x.cu_seqlens, x.max_seqlen).flatten(1)))
+        return self.output["LayerNorm"](h + self.output["dense"](F.gelu(self.intermediate["dense"](h))))
+
+
+class Bert(nn.Module):
+    """BERT and RoBERTa with their prediction transform: absolute positions, post-norm. [T] token ids -> [T, D]."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.gradient_checkpointing = False
+        D, eps = c.hidden_size, c.layer_norm_eps
+        # RoBERTa counts positions from pad_token_id + 1
+        self.first_position = c.pad_token_id + 1 if c.model_type == "roberta" else 0
+        self.embeddings = nn.ModuleDict(
+            {
+                "word_embeddings": nn.Embedding(c.vocab_size, D),
+                "position_embeddings": nn.Embedding(c.max_position_embeddings, D),
+                "token_type_embeddings": nn.Embedding(c.type_vocab_size, D),
+                "LayerNorm": nn.LayerNorm(D, eps),
+            }
+        )
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(BertLayer(c) for _ in range(c.num_hidden_layers))})
+        self.transform = nn.ModuleDict({"dense": nn.Linear(D, D), "LayerNorm": nn.LayerNorm(D, eps)})
+
+    @property
+    def layers(self):
+        return self.encoder["layer"]
+
+    def forward(self, x: Ragged, extra: Tensor | None = None) -> Tensor:
+        e = self.embeddings
+        h = e["word_embeddings"](x.ids) + e["position_embeddings"](x.positions + self.first_position)
+        h = h + e["token_type_embeddings"].weight[0]
+        h = e["LayerNorm"](h if extra is None else h + extra)
+        for layer in self.layers:
+            h = run(self, layer, h, x)
+        return self.transform["LayerNorm"](F.gelu(self.transform["dense"](h)))
+
+
+# ---------------------------------------------------------------------------------------------------- architectures
+
+_DECODER = {
+    "num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None,
+    "attention_bias": False, "attention_out_bias": False, "mlp_bias": False, "qk_norm": False,
+    "max_position_embeddings": 2048, "tie_word_embeddings": False, "vocab_bias": False,
+}  # fmt: skip
+_BERT = {"layer_norm_eps": 1e-12, "type_vocab_size": 2, "pad_token_id": 0, "tie_word_embeddings": True, "vocab_bias": True}
+
+# model_type -> backbone, defaults for what a config may leave out, and (our prefix, prefix on disk) where names differ
+ARCHITECTURES = {
+    "llama": (Decoder, _DECODER, []),
+    "llada": (Decoder, _DECODER | {"rope_theta": 500000.0, "rms_norm_eps": 1e-5}, []),
+    "qwen2": (Decoder, _DECODER | {"attention_bias": True}, []),
+    "dream": (Decoder, _DECODER | {"attention_bias": True}, []),
+    "qwen3": (Decoder, _DECODER | {"qk_norm": True}, []),
+    "modernbert": (
+        ModernBert,
+        {
+            "norm_eps": 1e-5, "norm_bias": False, "attention_bias": False, "mlp_bias": False, "classifier_bias": False,
+            "global_rope_theta": 160000.0, "local_rope_theta": 10000.0, "local_attention": 128,
+            "global_attn_every_n_layers": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+            "vocab_bias": True,
+        },
+        [("model.head.", "head.")],
+    ),
+    "bert": (Bert, _BERT, [("model.transform.", "cls.predictions.transform."), ("model.", "bert.")]),
+    "roberta": (
+        Bert,
+        _BERT | {"layer_norm_eps": 1e-5, "type_vocab_size": 1, "pad_token_id": 1},
+        [("model.transform.dense.", "lm_head.dense."), ("model.transform.LayerNorm.", "lm_head.layer_norm."), ("model.", "roberta.")],
+    ),
+}  # fmt: skip
+
+# Sizes for models trained from scratch, all of the Llama kind. The last two are the shapes reported for Edit Flows
+# (280M: D 1024, 12 layers, 16 / 8 heads; 1.3B: D 2048, 16 layers, 32 / 8 heads) with a vocabulary of about 128k.
+PRESETS = {
+    "tiny": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 352},
+    "small": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 704},
+    "medium": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1408},
+    "280m": {
+        "hidden_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "intermediate_size": 3072,
+    },
+    "1.3b": {
+        "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+    },
+}  # fmt: skip
+
+
+def complete_config(raw: dict) -> SimpleNamespace:
+    """A Hugging Face config.json with its gaps filled, so that backbones can read every field they need.
+
+    Raises ValueError for an unsupported `model_type` or a missing size.
+    """
+    raw = dict(raw)
+    kind = str(raw.get("model_type", "")).lower().removeprefix("editflow-")
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"config.json: model_type {raw.get('model_type')!r} is not supported; choose from {', '.join(ARCHITECTURES)}")
+    rope = raw.get("rope_parameters") or {}  # transformers 5 spelling: theta and scaling in one dict, for ModernBERT two
+    if "rope_theta" in rope:
+        raw |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope}
+    if "full_attention" in rope:
+        raw |= {
+            "global_rope_theta": rope["full_attention"]["rope_theta"],
+            "local_rope_theta": rope["sliding_attention"]["rope_theta"],
+        }
+    c = SimpleNamespace(**ARCHITECTURES[kind][1] | raw | {"model_type": kind})
+    c.nanoedit = dict(raw.get("nanoedit", {}))
+    for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if not isinstance(getattr(c, field, None), int):
+            raise ValueError(f"config.json: field {field!r} must be an integer, found {getattr(c, field, None)!r}")
+    if ARCHITECTURES[kind][0] is Decoder:
+        c.num_key_value_heads = c.num_key_value_heads or c.num_attention_heads
+        c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
+    return c
+
+
+# ---------------------------------------------------------------------------------------------------- heads
+
+
+class EditFlowModel(nn.Module):
+    """Backbone + the heads of Edit Flows: three rates and two token distributions per token.
+
+        rate_heads  D -> 3, softplus   normalised rates; columns: substitute, delete, insert (to the right)
+        sub_logits  D -> V             what a substituted token becomes
+        ins_logits  D -> V             what an insertion inserts
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        D, V = config.hidden_size, config.vocab_size
+        self.model = ARCHITECTURES[config.model_type][0](config)
+        self.rate_heads = nn.Sequential(nn.Linear(D, 3), nn.Softplus())
+        self.sub_logits = nn.Linear(D, V, bias=config.vocab_bias)
+        self.ins_logits = nn.Linear(D, V, bias=config.vocab_bias)
+        if config.nanoedit.get("time_conditioned"):
+            self.time_embed = nn.Sequential(nn.Linear(TIME_FEATURES, D), nn.SiLU(), nn.Linear(D, D))
+
+    def forward(self, x: Ragged, t: Tensor | None = None) -> Tensor:
+        """Hidden states [T, D]. t float [B] is read by time-conditioned models only."""
+        extra = self.time_embed(time_features(t))[x.batch] if hasattr(self, "time_embed") else None
+        return self.model(x, extra)
+
+
+class MEDLMModel(nn.Module):
+    """Backbone + the heads of ME-DLM: what a token should become, and what should stand right after it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = ARCHITECTURES[config.model_type][0](config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.vocab_bias)
+        self.next_token_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.vocab_bias)
+
+    def forward(self, x: Ragged, t: Tensor | None = None) -> Tensor:
+        """Hidden states [T, D]. ME-DLM is not conditioned on t; the argument keeps the two models interchangeable."""
+        return self.model(x)
+
+
+METHODS = {"editflow": EditFlowModel, "medlm": MEDLMModel}
+TIME_FEATURES = 128
+
+
+def time_features(t: Tensor) -> Tensor:
+    """Sinusoids of t in [0, 1] at 64 frequencies from 1 to 1000 rad: [B] -> [B, 128]."""
+    freq = torch.logspace(0, 3, TIME_FEATURES // 2, device=t.device)
+    return torch.cat([(t[:, None] * freq).cos(), (t[:, None] * freq).sin()], dim=1).float()
+
+
+class _WeightedNLL(torch.autograd.Function):
+    """The gradient is computed chunk by chunk in the forward pass, while the logits of the chunk are at hand."""
+
+    @staticmethod
+    def forward(ctx, hidden, W, bias, row, token, weight):
+        N, V = len(hidden), len(W)
+        need_grad = any(ctx.needs_input_grad[:3])
+        # the caller's autocast decides the precision of the products; sums and softmax are float32
+        kind = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else W.dtype
+        H, W_ = hidden.to(kind), W.to(kind)
+        row_weight = hidden.new_zeros(N, dtype=torch.float32).index_add_(0, row, weight)
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        d_hidden, d_W, d_bias = torch.zeros_like(hidden), torch.zeros_like(W) if need_grad else None, None
+        if need_grad and bias is not None:
+            d_bias = torch.zeros_like(bias)
+        order = row.argsort()
+        row, token, weight = row[order], token[order], weight[order]
+        step = max(1, CHUNK_FLOATS // V)
+        fences = torch.searchsorted(row, torch.arange(0, N + step, step, device=row.device)).tolist()
+        for i, start in enumerate(range(0, N, step)):
+            rows, edits = slice(start, start + step), slice(fences[i], fences[i + 1])
+            logits = F.linear(H[rows], W_).float()  # [n, V]
+            logits = logits if bias is None else logits.add_(bias.float())
+            lse = logits.logsumexp(1)
+            r, tok, w = row[edits] - start, token[edits], weight[edits]
+            loss += (row_weight[rows] * lse).sum() - (w * logits[r, tok]).sum()
+            if need_grad:  # d logits = row_weight * softmax - sum of weighted one-hots
+                grad = logits.sub_(lse[:, None]).exp_().mul_(row_weight[rows, None])
+                grad.index_put_((r, tok), -w, accumulate=True)
+                if d_bias is not None:
+                    d_bias += grad.sum(0)
+                grad = grad.to(kind)
+                d_hidden[rows] = grad @ W_
+                d_W += grad.T @ H[rows]
+        ctx.grads = d_hidden, d_W, d_bias
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        grads = [None if g is None else g * d_loss.to(g.dtype) for g in ctx.grads]
+        ctx.grads = None
+        return *grads, None, None, None
+
+
+CHUNK_FLOATS = 1 << 24  # logits held at a time: 64 MB in float32
+
+
+def weighted_nll(hidden: Tensor, head: nn.Linear, row: Tensor, token: Tensor, weight: Tensor) -> Tensor:
+    """Sum over e of  weight_e * -log softmax(head(hidden[row_e]))[token_e],  without [N, V] floats.
+
+    hidden [N, D]; row, token int64 [E]; weight float [E]. Several e may share a row (many insertions in one gap): each
+    row is projected once. E and N may be 0; the head then still takes part in the graph, with a zero gradient.
+    Returns a float32 scalar.
+    """
+    used, row = row.unique(return_inverse=True)
+    return _WeightedNLL.apply(hidden[used], head.weight, head.bias, row, token, weight.float())
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+def build(method: str, preset: str, vocab_size: int, *, time_conditioned=False, seed=0, **nanoedit) -> nn.Module:
+    """A new model with random weights. preset: a key of PRESETS. `nanoedit` goes into the checkpoint's config."""
+    if preset not in PRESETS:
+        raise ValueError(f"--preset {preset!r} is not known; choose from {', '.join(PRESETS)}")
+    nanoedit = {"method": method, "time_conditioned": time_conditioned} | nanoedit
+    config = complete_config({"model_type": "llama", "vocab_size": vocab_size} | PRESETS[preset] | {"nanoedit": nanoedit})
+    model = METHODS[method](config)
+    generator = torch.Generator().manual_seed(seed)
+    init_weights(model, generator)
+    return model
+
+
+def init_weights(module: nn.Module, generator: torch.Generator) -> None:
+    """Linear layers N(0, 1 / fan_in), embeddings N(0, 1) scaled by D^-1/2; the head starts from the embedding."""
+    for name, m in module.named_modules():
+        if isinstance(m, nn.Linear):
+            nn.init.normal_(m.weight, std=m.in_features**-0.5, generator=generator)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.Embedding):
+            nn.init.normal_(m.weight, std=m.embedding_dim**-0.5, generator=generator)
+    init_new_heads(module, generator)
+
+
+def init_new_heads(model: nn.Module, generator: torch.Generator) -> None:
+    """What no pretrained checkpoint has: small rates to begin with, and a time embedding that adds exactly nothing."""
+    if isinstance(model, EditFlowModel):
+        nn.init.normal_(model.rate_heads[0].weight, std=0.02, generator=generator)
+        nn.init.constant_(model.rate_heads[0].bias, -2.0)  # softplus(-2) = 0.13 edits per token
+        if hasattr(model, "time_embed"):
+            nn.init.zeros_(model.time_embed[2].weight)
+            nn.init.zeros_(model.time_embed[2].bias)
+
+
+def local_path(path_or_hub_id: str, patterns=("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"), revision=None) -> Path:
+    """A local directory, or a hub repository fetched into huggingface-hub's cache (resumable). Raises OSError."""
+    if Path(path_or_hub_id).is_dir():
+        return Path(path_or_hub_id)
+    if Path(path_or_hub_id).is_absolute() or str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith("."):
+        raise OSError(f"{path_or_hub_id}: no such directory, and not of the form owner/name of a hub repository")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_hub_id, allow_patterns=list(patterns), revision=revision))
+    except Exception as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise OSError(f"{path_or_hub_id}: no such directory, and the hub did not deliver it ({reason})") from e
+
+
+def read_config(directory: Path) -> dict:
+    """config.json as a dict. Raises OSError when it is absent, ValueError when it is no JSON object."""
+    file = Path(directory) / "config.json"
+    if not file.is_file():
+        raise OSError(f"{file}: missing; a checkpoint directory holds config.json, model.safetensors and tokenizer files")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{file}: not valid JSON ({e})") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it. Raises OSError for missing, ValueError for corrupt files."""
+    directory = Path(directory)
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as e:
+            raise ValueError(f"{index}: not a safetensors index ({e})") from None
+        files = {name: directory / file for name, file in names.items()}
+    else:
+        single = directory / "model.safetensors"
+        if not single.is_file():
+            raise OSError(f"{directory}: no model.safetensors and no model.safetensors.index.json; run convert.py on other formats")
+        with open_tensors(single) as f:
+            files = {name: single for name in f.keys()}  # noqa: SIM118
+    for file in sorted(set(files.values())):
+        if not file.is_file():
+            raise OSError(f"{file}: missing, although {index.name} names it")
+    return files
+
+
+def open_tensors(file: Path):
+    """safetensors' memory map of one file, with errors that name it."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file}: truncated or corrupt safetensors file ({e})") from None
+
+
+def disk_name(model_type: str, name: str) -> str:
+    """Our parameter name -> its name in a checkpoint. They differ only for encoders with a prediction head."""
+    for ours, theirs in ARCHITECTURES[model_type][2]:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None) -> nn.Module:
+    """An Edit Flows or ME-DLM checkpoint, from a directory or a hub id. The model is built on the meta device and its
+    tensors are read from the memory map one by one.
+
+    method: when given, a checkpoint of the other method is refused. Raises OSError / ValueError naming the file.
+    """
+    directory = local_path(path)
+    raw = read_config(directory)
+    config = complete_config(raw)
+    files = tensor_files(directory)
+    found = config.nanoedit.get("method") or ("editflow" if "rate_heads.0.weight" in files else "medlm" if "next_token_head.weight" in files else None)
+    if found not in METHODS:
+        raise ValueError(f"{directory}: no Edit Flows or ME-DLM heads in this checkpoint; add them with: convert.py --to {method or 'editflow'} --model_name_or_path {path} --output_dir OUT")
+    if method and found != method:
+        raise ValueError(f"{directory}: this is a checkpoint of method {found!r}, but {method!r} is asked for")
+    config.nanoedit["method"] = found
+    with torch.device("meta"):
+        model = METHODS[found](config)
+    state = {}
+    for name, parameter in model.state_dict().items():
+        source = disk_name(config.model_type, name)
+        if source not in files:
+            hint = "; `convert.py --to medlm` adds it" if source == "next_token_head.weight" else ""
+            raise ValueError(f"{directory}: tensor {source!r} is missing{hint}")
+        state[name] = read_tensor(files[source], source, parameter.shape).to(device=device, dtype=dtype)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True)
+
+
+def read_tensor(file: Path, name: str, shape) -> Tensor:
+    """One tensor from a safetensors file. Raises ValueError when it is absent or has another shape."""
+    with open_tensors(file) as f:
+        if name not in f.keys():  # noqa: SIM118
+            raise ValueError(f"{file}: tensor {name!r} is missing, although the index names this file for it")
+        tensor = f.get_tensor(name)
+    if tensor.shape != shape:
+        raise ValueError(f"{file}: tensor {name!r} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
+    return tensor
+
+
+def save(model: nn.Module, directory: str, state: dict | None = None) -> None:
+    """config.json and model.safetensors, each written to a temporary name and then renamed.
+
+    state: the full state dict where the model itself holds only shards of it.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    kind = model.config.model_type
+    state = {disk_name(kind, k): v.detach().cpu().contiguous() for k, v in (state or model.state_dict()).items()}
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as tmp:
+        save_file(state, f"{tmp}/model.safetensors", metadata={"format": "pt"})
+        Path(tmp, "config.json").write_text(json.dumps(vars(model.config), indent=2, sort_keys=True), encoding="utf-8")
+        for name in ("model.safetensors", "config.json"):
+            os.replace(f"{tmp}/{name}", directory / name)
