@@ -109,6 +109,11 @@ class Tokenizer:
     def del_id(self) -> int | None:
         return self._id(DEL_TOKEN)
 
+    @property
+    def tokens(self) -> dict[str, int | None]:
+        """The special tokens that ME-DLM works with, by role."""
+        return {"mask": self.mask_id, "pad": self.pad_id, "del": self.del_id, "eos": self.eos_id}
+
     def add_tokens(self, names: dict[str, str]) -> dict[str, int]:
         """Gives the tokenizer the tokens it lacks: {role: token}, for example {"mask": "<|mask|>", "del": "<|del|>"}.
 
