@@ -244,7 +244,7 @@ def _is_held_out(path: Path) -> bool:
 # ------------------------------------------------------------------------------------------------------------------
 # Records
 
-FORMS = {  # the fields that make a record one of these, tried in this order
+FORMS = {  # the fields that make a record one of these, tried in this order: question first, answer second
     "messages": ("messages",),
     "history/response": ("history", "response"),
     "prompt/response": ("prompt", "response"),
@@ -275,21 +275,25 @@ def normalise(record, form: str, text_field: str | None = None) -> dict:
     if form == "text":
         text = _text(record, text_field or "text")
         return {"text": text} if draft is None else {"messages": [], "response": text, "draft": draft}
+    messages = _history(record, form)
     if form == "messages":
-        *messages, last = _messages(record, "messages")
+        *messages, last = messages
         if last["role"] != "assistant":
             raise ValueError(f"the last message must be the assistant's, the answer to learn; it is {last['role']!r}'s")
         response = _text(last, "content")
-    elif form == "history/response":
-        messages, response = _messages(record, "history", empty=True), _text(record, "response")
-    elif form == "instruction/input/output":
-        extra = _text(record, "input", empty=True) if record.get("input") is not None else ""
-        messages = _question(_text(record, "instruction") + (f"\n\n{extra}" if extra else ""))
-        response = _text(record, "output")
     else:
-        question, answer = FORMS[form]
-        messages, response = _question(_text(record, question)), _text(record, answer)
+        response = _text(record, FORMS[form][1])
     return {"messages": messages, "response": response, "draft": draft}
+
+
+def _history(record: dict, form: str) -> list[dict]:
+    field = FORMS[form][0]
+    if form in ("messages", "history/response"):
+        return _messages(record, field, empty=form == "history/response")
+    text = _text(record, field)
+    if form == "instruction/input/output" and record.get("input"):
+        text += "\n\n" + _text(record, "input")
+    return _question(text)
 
 
 def _question(text: str) -> list[dict]:
@@ -339,6 +343,11 @@ class SourceReport:
         unit = "lines of text" if self.form == "corpus" else f"records of form {self.form}"
         skipped = f", {self.bad} broken ones skipped" if self.bad else ""
         return f"{self.name}: {self.train} {unit} to train on, {self.test} held out{skipped}"
+
+
+def is_toy(spec: str) -> bool:
+    """Whether a spec names nothing but the toy task, which brings its own tokenizer."""
+    return all(source.name in TOY_SOURCES for source in parse_spec(spec))
 
 
 def load_records(
@@ -429,6 +438,28 @@ def _lines(records: list[dict]) -> list[str]:
 
 def _join(lines: list[str]) -> list[dict]:
     return [{"corpus": "".join(lines)}] if lines else []
+
+
+def read_prompts(path: str) -> list[list[dict]]:
+    """The dialogues to continue in a file: a line of plain text each, or records of any form (answers are ignored).
+
+    Raises OSError or ValueError ("file:line: ...").
+    """
+    path = Path(path)
+    if _format(path) not in READERS or _format(path) == ".txt":
+        return [_question(line.strip()) for line in _whole_lines(path) if line.strip()]
+    return [_prompt(place, record) for place, record in read_file(path)]
+
+
+def _prompt(place: str, record) -> list[dict]:
+    try:
+        if isinstance(record, ValueError):
+            raise record
+        form = next((form for form, fields in FORMS.items() if isinstance(record, dict) and fields[0] in record), None)
+        messages = _history(record, form or detect_form(record))
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    return messages[:-1] if form == "messages" and messages[-1]["role"] == "assistant" else messages
 
 
 def texts(records: Iterable[dict]) -> Iterator[str]:
