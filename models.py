@@ -242,7 +242,10 @@ class ModernBert(nn.Module):
         h = self.embeddings["tok_embeddings"](x.ids)
         h = self.embeddings["norm"](h if extra is None else h + extra)
         head_dim = c.hidden_size // c.num_attention_heads
-        full, local = rotary(x.positions, head_dim, c.global_rope_theta), rotary(x.positions, head_dim, c.local_rope_theta)
+        full, local = (
+            rotary(x.positions, head_dim, c.global_rope_theta),
+            rotary(x.positions, head_dim, c.local_rope_theta),
+        )
         for i, layer in enumerate(self.layers):
             is_global = i % c.global_attn_every_n_layers == 0
             h = run(self, layer, h, full if is_global else local, x, None if is_global else c.local_attention // 2)
@@ -267,7 +270,9 @@ class BertLayer(nn.Module):
         self.output = nn.ModuleDict({"dense": nn.Linear(c.intermediate_size, D), "LayerNorm": nn.LayerNorm(D, eps)})
 
     def forward(self, h, x: Ragged):
-        q, k, v = (self.attention["self"][name](h).unflatten(-1, (self.heads, -1)) for name in ("query", "key", "value"))
+        q, k, v = (
+            self.attention["self"][name](h).unflatten(-1, (self.heads, -1)) for name in ("query", "key", "value")
+        )
         out = self.attention["output"]
         h = out["LayerNorm"](h + out["dense"](attend(q, k, v, x.cu_seqlens, x.max_seqlen).flatten(1)))
         return self.output["LayerNorm"](h + self.output["dense"](F.gelu(self.intermediate["dense"](h))))
@@ -315,7 +320,13 @@ _DECODER = {
     "attention_bias": False, "attention_out_bias": False, "mlp_bias": False, "qk_norm": False,
     "max_position_embeddings": 2048, "tie_word_embeddings": False, "vocab_bias": False,
 }  # fmt: skip
-_BERT = {"layer_norm_eps": 1e-12, "type_vocab_size": 2, "pad_token_id": 0, "tie_word_embeddings": True, "vocab_bias": True}
+_BERT = {
+    "layer_norm_eps": 1e-12,
+    "type_vocab_size": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+    "vocab_bias": True,
+}
 
 # model_type -> backbone, defaults for what a config may leave out, and (our prefix, prefix on disk) where names differ
 ARCHITECTURES = {
@@ -367,8 +378,12 @@ def complete_config(raw: dict) -> SimpleNamespace:
     raw = dict(raw)
     kind = str(raw.get("model_type", "")).lower().removeprefix("editflow-")
     if kind not in ARCHITECTURES:
-        raise ValueError(f"config.json: model_type {raw.get('model_type')!r} is not supported; choose from {', '.join(ARCHITECTURES)}")
-    rope = raw.get("rope_parameters") or {}  # transformers 5 spelling: theta and scaling in one dict, for ModernBERT two
+        raise ValueError(
+            f"config.json: model_type {raw.get('model_type')!r} is not supported; choose from {', '.join(ARCHITECTURES)}"
+        )
+    rope = (
+        raw.get("rope_parameters") or {}
+    )  # transformers 5 spelling: theta and scaling in one dict, for ModernBERT two
     if "rope_theta" in rope:
         raw |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope}
     if "full_attention" in rope:
@@ -393,9 +408,9 @@ def complete_config(raw: dict) -> SimpleNamespace:
 class EditFlowModel(nn.Module):
     """Backbone + the heads of Edit Flows: three rates and two token distributions per token.
 
-        rate_heads  D -> 3, softplus   normalised rates; columns: substitute, delete, insert (to the right)
-        sub_logits  D -> V             what a substituted token becomes
-        ins_logits  D -> V             what an insertion inserts
+    rate_heads  D -> 3, softplus   normalised rates; columns: substitute, delete, insert (to the right)
+    sub_logits  D -> V             what a substituted token becomes
+    ins_logits  D -> V             what an insertion inserts
     """
 
     def __init__(self, config):
@@ -408,6 +423,12 @@ class EditFlowModel(nn.Module):
         self.ins_logits = nn.Linear(D, V, bias=config.vocab_bias)
         if config.nanoedit.get("time_conditioned"):
             self.time_embed = nn.Sequential(nn.Linear(TIME_FEATURES, D), nn.SiLU(), nn.Linear(D, D))
+        if str(config.nanoedit.get("x0_sampler")).startswith("uniform"):
+            self.set_unigram(torch.ones(V) / V)
+
+    def set_unigram(self, frequencies: Tensor) -> None:
+        """Token frequencies [V] of the training data: where the source `uniform` draws x0 from. Kept in checkpoints."""
+        self.register_buffer("unigram", frequencies)
 
     def forward(self, x: Ragged, t: Tensor | None = None) -> Tensor:
         """Hidden states [T, D]. t float [B] is read by time-conditioned models only."""
@@ -448,7 +469,9 @@ class _WeightedNLL(torch.autograd.Function):
         N, V = len(hidden), len(W)
         need_grad = any(ctx.needs_input_grad[:3])
         # the caller's autocast decides the precision of the products; sums and softmax are float32
-        kind = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else W.dtype
+        kind = (
+            torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else W.dtype
+        )
         H, W_ = hidden.to(kind), W.to(kind)
         row_weight = hidden.new_zeros(N, dtype=torch.float32).index_add_(0, row, weight)
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -506,7 +529,9 @@ def build(method: str, preset: str, vocab_size: int, *, time_conditioned=False, 
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset!r} is not known; choose from {', '.join(PRESETS)}")
     nanoedit = {"method": method, "time_conditioned": time_conditioned} | nanoedit
-    config = complete_config({"model_type": "llama", "vocab_size": vocab_size} | PRESETS[preset] | {"nanoedit": nanoedit})
+    config = complete_config(
+        {"model_type": "llama", "vocab_size": vocab_size} | PRESETS[preset] | {"nanoedit": nanoedit}
+    )
     model = METHODS[method](config)
     generator = torch.Generator().manual_seed(seed)
     init_weights(model, generator)
@@ -535,10 +560,17 @@ def init_new_heads(model: nn.Module, generator: torch.Generator) -> None:
             nn.init.zeros_(model.time_embed[2].bias)
 
 
-def local_path(path_or_hub_id: str, patterns=("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"), revision=None) -> Path:
-    """A local directory, or a hub repository fetched into huggingface-hub's cache (resumable). Raises OSError."""
-    if Path(path_or_hub_id).is_dir():
-        return Path(path_or_hub_id)
+def local_path(
+    path_or_hub_id: str, patterns=("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"), revision=None
+) -> Path:
+    """A local directory (of a run: its final or newest checkpoint), or a hub repository fetched into huggingface-hub's cache (resumable). Raises OSError."""
+    directory = Path(path_or_hub_id)
+    if directory.is_dir() and not (directory / "config.json").is_file():
+        runs = [d for d in directory.glob("checkpoint-*") if (d / "config.json").is_file()]
+        number = {d: float(d.name.removeprefix("checkpoint-").replace("final", "inf")) for d in runs}
+        return max(runs, key=number.get, default=directory)
+    if directory.is_dir():
+        return directory
     if Path(path_or_hub_id).is_absolute() or str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith("."):
         raise OSError(f"{path_or_hub_id}: no such directory, and not of the form owner/name of a hub repository")
     from huggingface_hub import snapshot_download
@@ -554,7 +586,9 @@ def read_config(directory: Path) -> dict:
     """config.json as a dict. Raises OSError when it is absent, ValueError when it is no JSON object."""
     file = Path(directory) / "config.json"
     if not file.is_file():
-        raise OSError(f"{file}: missing; a checkpoint directory holds config.json, model.safetensors and tokenizer files")
+        raise OSError(
+            f"{file}: missing; a checkpoint directory holds config.json, model.safetensors and tokenizer files"
+        )
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as e:
@@ -577,7 +611,9 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     else:
         single = directory / "model.safetensors"
         if not single.is_file():
-            raise OSError(f"{directory}: no model.safetensors and no model.safetensors.index.json; run convert.py on other formats")
+            raise OSError(
+                f"{directory}: no model.safetensors and no model.safetensors.index.json; run convert.py on other formats"
+            )
         with open_tensors(single) as f:
             files = {name: single for name in f.keys()}  # noqa: SIM118
     for file in sorted(set(files.values())):
@@ -612,9 +648,13 @@ def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None
     raw = read_config(directory)
     config = complete_config(raw)
     files = tensor_files(directory)
-    found = config.nanoedit.get("method") or ("editflow" if "rate_heads.0.weight" in files else "medlm" if "next_token_head.weight" in files else None)
+    found = config.nanoedit.get("method") or (
+        "editflow" if "rate_heads.0.weight" in files else "medlm" if "next_token_head.weight" in files else None
+    )
     if found not in METHODS:
-        raise ValueError(f"{directory}: no Edit Flows or ME-DLM heads in this checkpoint; add them with: convert.py --to {method or 'editflow'} --model_name_or_path {path} --output_dir OUT")
+        raise ValueError(
+            f"{directory}: no Edit Flows or ME-DLM heads in this checkpoint; add them with: convert.py --to {method or 'editflow'} --model_name_or_path {path} --output_dir OUT"
+        )
     if method and found != method:
         raise ValueError(f"{directory}: this is a checkpoint of method {found!r}, but {method!r} is asked for")
     config.nanoedit["method"] = found

@@ -1,0 +1,278 @@
+"""Generate, chat, continue or repair a draft with a trained checkpoint of either method, and watch the edits.
+
+    python sample.py --model_name_or_path OUT --prompt "..." --make_gif
+    python sample.py --model_name_or_path OUT --interactive
+    python sample.py --model_name_or_path OUT --prompt_file prompts.txt --num_samples 4 --output samples.jsonl
+
+Edit Flows: --tau is the time step of the chain (1 / --steps). ME-DLM: --mask_diffusion_step passes fill --init_num
+masks, then up to --edit_diffusion_step passes edit the draft.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from trace import Trace, show, write_gif, write_html
+
+import torch
+from tqdm import tqdm
+
+import cli
+import data
+import editflow
+import medlm
+import models
+
+
+def parse_args(argv=None):
+    f = cli.Flags("Generate with an Edit Flows or ME-DLM checkpoint.")
+    n, positive = cli.number, cli.number(int, low=1)
+    a = f.add_argument
+    a("--model_name_or_path", required=True, help="checkpoint directory, the output directory of train.py, or a hub id")
+    what = f.add_mutually_exclusive_group()
+    what.add_argument("--prompt", nargs="+", help="one or more prompts; without any: text from scratch")
+    what.add_argument(
+        "--prompt_file", help="many prompts in one batch: one per line (.txt) or record (.jsonl, .json, ...)"
+    )
+    f.flag("--interactive", help="chat on the terminal; an empty line generates from scratch")
+    f.flag(
+        "--chat_template",
+        default=True,
+        help="wrap prompts in the checkpoint's chat template, if it was trained with one",
+    )
+    a("--draft", help="a text to start from instead of masks or nothing (Edit Flows)")
+    a("--num_samples", type=positive, default=1, help="texts per prompt, with seeds seed, seed + 1, ...")
+    a("--batch_size", type=positive, default=32, help="texts generated at once")
+    a("--seed", type=n(int, low=0), default=0, help="of the first text of each prompt")
+    a("--output", default="-", help="a .jsonl file for the results (- prints them)")
+    f.flag("--bf16", default=False, help="compute in bf16")
+
+    e = f.add_argument_group("Edit Flows").add_argument
+    e("--tau", type=n(above=0, high=1), default=None, help="time step; 0.01 makes 100 steps")
+    e("--steps", type=positive, default=None, help="the same as a number of steps")
+    e("--x0_sampler", default=None, help="where to start (default: as in training)")
+    e("--mask_length", type=n(int, low=0), default=None, help="start from this many masks")
+    e("--temperature", type=n(low=0), default=1.0, help="of the token distributions; 0 takes the most likely token")
+    e("--top_k", type=n(int, low=0), default=0, help="draw from the k most likely tokens (0: all)")
+    e(
+        "--top_p",
+        type=n(above=0, high=1),
+        default=1.0,
+        help="draw from the most likely tokens that hold this probability",
+    )
+
+    m = f.add_argument_group("ME-DLM").add_argument
+    m("--mask_diffusion_step", type=positive, default=48, help="passes that fill masks")
+    m("--edit_diffusion_step", type=n(int, low=0), default=16, help="most passes that edit")
+    m("--init_num", type=n(int, low=0), default=512, help="masks to start from: the longest possible answer")
+    m("--order", choices=medlm.ORDERS, default="confidence", help="which masks are filled first")
+    m("--max_edits", type=positive, default=None, help="most edits per pass (default: all)")
+
+    f.flag("--show", help="watch the first text being written on the terminal")
+    a("--make_gif", nargs="?", const="decode_trace.gif", metavar="FILE", help="draw the first text being written")
+    a("--make_html", nargs="?", const="decode_trace.html", metavar="FILE", help="the same as a page to step through")
+    args = f.parse_args(argv)
+    if args.tau and args.steps:
+        f.error("--tau and --steps say the same thing; give one of them")
+    if args.mask_length is not None and args.x0_sampler:
+        f.error("--mask_length N means --x0_sampler masks[length:N]; give one of them")
+    if args.interactive and (args.prompt or args.prompt_file):
+        f.error("--interactive reads prompts from the terminal; leave out --prompt and --prompt_file")
+    if args.output != "-" and args.interactive:
+        f.error("--output does not go with --interactive")
+    return args
+
+
+@dataclass
+class Text:
+    """One generated text: its token ids and how it came about."""
+
+    ids: list[int]
+    details: dict
+
+
+def generate(
+    model, tokenizer, prompts: list[list[int]], seeds: list[int], args, drafts=None, on_step=None
+) -> list[Text]:
+    """Answer all prompts (token ids) in one batch with the checkpoint's own method and the settings in args."""
+    longest = max(map(len, prompts))
+    limit = model.config.max_position_embeddings
+    if longest >= limit:
+        raise ValueError(f"a prompt of {longest} tokens leaves no room: the model has {limit} positions; shorten it")
+    if model.config.nanoedit["method"] == "medlm":
+        if longest + args.init_num > limit:
+            raise ValueError(
+                f"a prompt of {longest} tokens and --init_num {args.init_num} exceed the model's {limit} positions"
+            )
+        decoded = medlm.decode(
+            model, prompts, tokenizer.tokens, init_num=args.init_num, mask_diffusion_step=args.mask_diffusion_step,
+            edit_diffusion_step=args.edit_diffusion_step, order=args.order, max_edits=args.max_edits, seeds=seeds, on_step=on_step,
+        )  # fmt: skip
+        return [
+            Text(
+                d.response,
+                {"draft": tokenizer.decode(d.draft), "mask_passes": d.mask_passes, "edit_passes": d.edit_passes},
+            )
+            for d in decoded
+        ]
+    spec = args.x0_sampler or model.config.nanoedit.get("x0_sampler", "empty")
+    start = editflow.source(
+        "draft" if drafts else f"masks[length:{args.mask_length}]" if args.mask_length is not None else spec
+    )
+    if start.kind == "draft" and not drafts:
+        raise ValueError("this checkpoint edits drafts: give one with --draft, or another start with --x0_sampler")
+    if start.kind == "masks" and tokenizer.mask_id is None:
+        raise ValueError(
+            "starting from masks needs a mask token, and the tokenizer has none; convert.py --to editflow adds one"
+        )
+    if longest + start.length > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {start.length} to start from exceed the model's {limit} positions"
+        )
+    x0 = [
+        start.draw(
+            drafts and drafts[i],
+            tokenizer.mask_id,
+            getattr(model, "unigram", None),
+            torch.Generator().manual_seed(seed),
+        )
+        for i, seed in enumerate(seeds)
+    ]
+    sampled = editflow.sample(
+        model, prompts, x0=x0, steps=args.steps or round(1 / (args.tau or 0.01)), seeds=seeds,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, on_step=on_step,
+    )  # fmt: skip
+    names = ("substitutions", "deletions", "insertions", "left_over")
+    return [Text(s.response, dict(zip(names, (*s.edits, round(s.left_over, 2))))) for s in sampled]
+
+
+def passes(model, args) -> int:
+    """Steps of one batch, for the progress bar."""
+    if model.config.nanoedit["method"] == "medlm":
+        return min(args.mask_diffusion_step, args.init_num) + args.edit_diffusion_step
+    return args.steps or round(1 / (args.tau or 0.01))
+
+
+def prompt_ids(tokenizer, messages: list[dict], args) -> list[int]:
+    """A conversation as the model was trained to see it; without messages the beginning-of-text token alone."""
+    return data.encode_prompt(messages, tokenizer, chat_template=args.chat_template)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    check_writable(args.output if args.output != "-" else None, args.make_gif, args.make_html)
+    directory = models.local_path(args.model_name_or_path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = models.load(directory, device=device, dtype=torch.bfloat16 if args.bf16 else torch.float32).eval()
+    tokenizer = data.load_tokenizer(directory)
+    if args.interactive:
+        return interact(model, tokenizer, args)
+
+    if args.prompt_file:
+        conversations = data.read_prompts(args.prompt_file)
+    else:
+        conversations = [[{"role": "user", "content": p}] for p in args.prompt or []] or [[]]
+    jobs = [(c, prompt_ids(tokenizer, c, args), args.seed + k) for c in conversations for k in range(args.num_samples)]
+    draft = tokenizer.encode(args.draft) if args.draft is not None else None
+    trace = None
+    if args.show or args.make_gif or args.make_html:
+        prompt = jobs[0][1]
+        trace = Trace(
+            len(prompt), tokenizer.pieces, tokenizer.mask_id, tokenizer.pad_id, live=sys.stdout if args.show else None
+        )
+    out = sys.stdout if args.output == "-" else open(args.output, "w", encoding="utf-8")  # noqa: SIM115
+    total = passes(model, args) * -(-len(jobs) // args.batch_size)
+    with tqdm(total=total, unit="pass", file=sys.stderr, disable=bool(trace and trace.screen), leave=False) as bar:
+        for i in range(0, len(jobs), args.batch_size):
+            batch = jobs[i : i + args.batch_size]
+
+            def on_step(*step, first=i == 0):
+                bar.update()
+                if trace and first:
+                    trace.on_step(*step)
+
+            drafts = [draft] * len(batch) if draft is not None else None
+            texts = generate(
+                model, tokenizer, [ids for _, ids, _ in batch], [seed for _, _, seed in batch], args, drafts, on_step
+            )
+            for (messages, _, seed), text in zip(batch, texts):
+                write_result(out, messages, tokenizer.decode(text.ids), seed, text.details, len(jobs))
+    if out is not sys.stdout:
+        out.close()
+        print(f"{len(jobs)} texts written to {args.output}", file=sys.stderr)
+    if trace:
+        trace.finish()
+        if args.show and not trace.screen:
+            show(trace)
+        if args.make_gif:
+            write_gif(trace, args.make_gif)
+        if args.make_html:
+            write_html(trace, args.make_html)
+        for file in filter(None, (args.make_gif, args.make_html)):
+            print(f"decode drawn in {file}", file=sys.stderr)
+
+
+def check_writable(*files) -> None:
+    """Raises OSError now rather than after the work is done."""
+    for file in filter(None, files):
+        try:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "a", encoding="utf-8"):
+                pass
+        except OSError as e:
+            raise OSError(f"{file}: cannot be written ({e.strerror or e}); choose another path") from None
+
+
+def write_result(out, messages, text: str, seed: int, details: dict, count: int) -> None:
+    """One JSON line into a file; on the terminal the text itself, with a heading where there are several."""
+    prompt = messages[-1]["content"] if messages else ""
+    if out is not sys.stdout:
+        out.write(json.dumps({"prompt": prompt, "response": text, "seed": seed, **details}, ensure_ascii=False) + "\n")
+        out.flush()
+        return
+    if count > 1:
+        print(f"--- {prompt!r}, seed {seed}" if prompt else f"--- seed {seed}")
+    print(text, flush=True)
+    if details.get("left_over", 0) > max(2, 0.05 * details["insertions"]):
+        print(
+            f"note: the model still expected {details['left_over']:.0f} insertions at the end; more steps (a smaller --tau) give longer texts",
+            file=sys.stderr,
+        )
+
+
+def interact(model, tokenizer, args) -> None:
+    """A conversation on the terminal. Every answer is written before one's eyes; /clear forgets, Ctrl-D ends."""
+    templated = args.chat_template and tokenizer.chat_template is not None
+    print(
+        "Chat." if templated else "Raw continuation.",
+        "An empty line generates from scratch; /clear forgets the conversation; Ctrl-D ends.",
+    )
+    history, turn = [], 0
+    while True:
+        try:
+            line = input("\n> ").strip()
+        except EOFError:
+            print()
+            return
+        if line == "/clear":
+            history = []
+            continue
+        messages = [*history, {"role": "user", "content": line}] if line else []
+        try:
+            ids = prompt_ids(tokenizer, messages, args)
+            trace = Trace(len(ids), tokenizer.pieces, tokenizer.mask_id, tokenizer.pad_id, live=sys.stdout)
+            text = generate(
+                model, tokenizer, [ids], [args.seed + turn], args, on_step=trace.on_step if trace.screen else None
+            )[0]
+        except ValueError as e:  # a prompt that is too long, say: the conversation goes on
+            print(f"error: {e}", file=sys.stderr)
+            continue
+        answer = tokenizer.decode(text.ids)
+        print(answer)
+        turn += 1
+        if templated and line:
+            history = [*messages, {"role": "assistant", "content": answer}]
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,654 @@
+"""Train by editing: Edit Flows and ME-DLM, from scratch or from a checkpoint, on one process or many.
+
+    python train.py --method editflow --dataset_args toy --preset tiny --output_dir out/toy
+    torchrun --nproc_per_node 8 train.py --method medlm --model_name_or_path CKPT --dataset_args data.jsonl ...
+
+The loop is a loop you can read aloud (function `train`): draw a micro-batch, loss, backward, repeat for accumulation,
+clip, step, log, evaluate, save. The methods live in editflow.py and medlm.py; here they are the two branches of
+`make_loss`.
+
+Nothing random is stored. Every draw comes from a generator seeded by (seed, step, micro-batch), and so does the choice
+of examples: a run killed and restarted sees what an undisturbed run sees, and one process with accumulation 4 sees
+what four processes see.
+"""
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import cli
+import data
+import editflow
+import medlm
+import models
+
+# ---------------------------------------------------------------------------------------------------- flags
+
+
+def parse_args(argv=None):
+    f = cli.Flags("Train an Edit Flows or ME-DLM model.")
+    n, positive = cli.number, cli.number(int, low=1)
+    a = f.add_argument
+    a("--method", choices=list(models.METHODS), required=True, help="what to train")
+    a("--output_dir", required=True, help="checkpoints, metrics.jsonl; a run found here is continued")
+    f.flag("--overwrite_output_dir", help="start anew although output_dir holds a run")
+    a("--seed", type=n(int, low=0), default=42, help="everything random follows from it")
+
+    a(
+        "--model_name_or_path",
+        "--model_cfg",
+        help="checkpoint directory or hub id to start from; without it: a new model",
+    )
+    a("--preset", default="tiny", help=f"size of a new model: {', '.join(models.PRESETS)}")
+    a("--vocab_size", type=n(int, low=300), default=4096, help="size of the tokenizer trained for a new model")
+    f.flag("--gradient_checkpointing", help="recompute activations block by block: less memory, one more forward")
+    f.flag("--bf16", help="bf16 autocast; weights and optimizer stay float32")
+    f.flag("--compile", help="torch.compile the blocks")
+
+    a(
+        "--dataset_args",
+        "--train_file",
+        default="toy",
+        help="files, folders, hub ids or `toy`: name[train:N,test:M] + other",
+    )
+    a("--text_field", default=None, help="field of a record that holds plain text")
+    f.flag("--insert_eos", default=True, help="end texts and responses with the end-of-message token")
+    f.flag("--chat_template", default=True, help="render dialogues with the tokenizer's chat template")
+    f.flag("--skip_bad_records", help="count and skip broken records instead of stopping")
+    a("--max_length", "--max_len", type=n(int, low=2), default=512, help="tokens per sample (per packed row for medlm)")
+
+    a("--num_train_epochs", type=n(above=0), default=1.0, help="passes over the data, unless max_steps is given")
+    a("--max_steps", type=positive, default=None, help="optimizer steps")
+    a("--per_device_train_batch_size", type=positive, default=32, help="sequences (packed rows for medlm) per process")
+    a("--per_device_eval_batch_size", type=positive, default=32, help="the same for evaluation")
+    a("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches per optimizer step")
+    a("--learning_rate", type=n(above=0), default=1e-4, help="peak learning rate")
+    a("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="cosine", help="after the warm-up")
+    a("--warmup_steps", type=n(int, low=0), default=0, help="linear warm-up")
+    a("--warmup_ratio", type=n(low=0, high=1), default=0.0, help="the same as a share of all steps")
+    a("--weight_decay", type=n(low=0), default=0.0, help="AdamW, on matrices only")
+    a("--adam_beta2", type=n(low=0, high=1), default=0.98, help="AdamW; 0.98 forgets a bad start sooner than 0.999")
+    a("--max_grad_norm", type=n(above=0), default=1.0, help="gradient clipping")
+
+    a("--logging_steps", type=positive, default=10, help="steps between lines of metrics.jsonl")
+    a("--eval_strategy", choices=["no", "steps", "epoch"], default="steps", help="when to evaluate")
+    a("--eval_steps", type=n(above=0), default=0.1, help="steps between evaluations; below 1: a share of the run")
+    a("--eval_samples", type=n(int, low=0), default=2, help="texts decoded and shown at each evaluation")
+    a("--save_steps", type=n(above=0), default=0.25, help="steps between checkpoints; below 1: a share of the run")
+    a("--save_total_limit", type=positive, default=2, help="checkpoints kept")
+    a("--report_to", choices=["none", "tensorboard"], default="none", help="besides metrics.jsonl")
+    for name in ("--do_train", "--save_safetensors", "--remove_unused_columns"):
+        f.flag(name, default=None, help="accepted so that published commands run; changes nothing here")
+    a(
+        "--dataloader_num_workers",
+        type=n(int, low=0),
+        default=0,
+        help="accepted likewise; batches are made in the main process",
+    )
+
+    e = f.add_argument_group("Edit Flows").add_argument
+    e(
+        "--x0_sampler",
+        default=None,
+        help="where generation starts: empty, masks[length:64], uniform[length:100], draft (default: the checkpoint's, else empty)",
+    )
+    e(
+        "--schedule",
+        default=None,
+        help="kappa: linear, cosine, cubic, cubic[a:A,b:B] (default: the checkpoint's, else cubic)",
+    )
+    e(
+        "--time_conditioned",
+        type=cli.boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="BOOL",
+        help="a new model sees t",
+    )
+    e(
+        "--normalize",
+        type=cli.boolean,
+        nargs="?",
+        const=True,
+        default=True,
+        metavar="BOOL",
+        help="divide each sequence's loss by its length",
+    )
+
+    m = f.add_argument_group("ME-DLM").add_argument
+    m("--min_t", type=n(low=0, high=1), default=0.0, help="smallest masking probability (a floor applies)")
+    m("--max_t", type=n(low=0, high=1), default=1.0, help="largest masking probability")
+    m(
+        "--loss_norm",
+        choices=["tokens", "bound"],
+        default="tokens",
+        help="published mean over masked tokens / t, or LLaDA's bound",
+    )
+    m(
+        "--copy_head",
+        type=cli.boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="BOOL",
+        help="stage 1: next_token_head starts as a copy of lm_head",
+    )
+    m("--pad_len", type=n(int, low=0), default=0, help="pad responses to a multiple of this (0: no padding)")
+    m("--intermediate_ratio", type=n(low=0, high=1), default=0.0, help="stage 3: share of steps trained on rollouts")
+    m(
+        "--mask_diffusion_pred_per_step",
+        type=positive,
+        nargs="+",
+        default=[2, 4, 8, 16],
+        help="tokens unmasked per rollout pass",
+    )
+    m(
+        "--max_diffusion_steps",
+        type=n(int, low=0),
+        default=32,
+        help="most edit passes in a rollout, reached at the end of training",
+    )
+    m("--intermediate_min_t", type=n(low=0, high=1), default=0.0, help="smallest share masked before a rollout")
+    m("--intermediate_max_t", type=n(low=0, high=1), default=1.0, help="largest share masked before a rollout")
+    m("--rollout_order", choices=["random", "confidence"], default="random", help="order in which a rollout unmasks")
+    args = f.parse_args(argv)
+    if args.min_t >= args.max_t:
+        f.error(f"--min_t {args.min_t} must be below --max_t {args.max_t}")
+    if args.intermediate_min_t >= args.intermediate_max_t:
+        f.error(
+            f"--intermediate_min_t {args.intermediate_min_t} must be below --intermediate_max_t {args.intermediate_max_t}"
+        )
+    if args.pad_len > args.max_length:
+        f.error(f"--pad_len {args.pad_len} must not exceed --max_length {args.max_length}")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+
+
+class Ranks:
+    """This process among its peers under torchrun; alone otherwise."""
+
+    def __init__(self):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local)
+        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        if self.world > 1:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        self.is_main = self.rank == 0
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            tqdm.write(text, file=sys.stderr)
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """Average over the processes; a key that only some have is averaged over those."""
+        if self.world == 1:
+            return values
+        everyone = [None] * self.world
+        dist.all_gather_object(everyone, values)
+        keys = dict.fromkeys(k for v in everyone for k in v)
+        return {k: sum(v[k] for v in everyone if k in v) / sum(k in v for v in everyone) for k in keys}
+
+    def any(self, flag: bool) -> bool:
+        if self.world == 1:
+            return flag
+        vote = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+        return bool(vote)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def seeded(*key: int) -> torch.Generator:
+    """A generator that depends on nothing but its key: (seed, step, micro-batch, ...)."""
+    state = 0
+    for k in key:
+        state = (state * 6364136223846793005 + k + 1442695040888963407) % 2**64
+        state = ((state ^ state >> 33) * 0xFF51AFD7ED558CCD) % 2**64
+    return torch.Generator().manual_seed(state % 2**63)
+
+
+# ---------------------------------------------------------------------------------------------------- methods
+
+
+class LossModule(nn.Module):
+    """DDP watches forward(); so the whole loss is computed inside one, heads included."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function, *args, **kwargs):
+        return function(self.model, *args, **kwargs)
+
+
+def loss_function(args, model, tokenizer, device):
+    """The two methods behind one interface: f(module, examples, key, progress) -> (loss, metrics).
+
+    module is a LossModule (or its DDP wrapper); key seeds the noise of this micro-batch; progress runs from 0 to 1.
+    """
+    settings = model.config.nanoedit
+    if args.method == "editflow":
+        kappa, x0_source = editflow.schedule(settings["schedule"]), editflow.source(settings["x0_sampler"])
+
+        def editflow_loss(module, examples, key, progress):
+            rng = seeded(*key)
+            x0 = [x0_source.draw(e.draft, tokenizer.mask_id, getattr(model, "unigram", None), rng) for e in examples]
+            prompts, x1 = [e.prompt for e in examples], [e.response for e in examples]
+            batch = editflow.path(prompts, x0, x1, editflow.draw_t(len(examples), rng), kappa.kappa, rng)
+            return module(editflow.loss, batch.to(device), kappa, normalize=args.normalize)
+
+        return editflow_loss
+
+    tokens = tokenizer.tokens
+
+    def medlm_loss(module, examples, key, progress):
+        shared = seeded(*key[:2])  # (seed, step): the same on every rank, so all ranks make the same passes
+        if torch.rand((), generator=shared) < args.intermediate_ratio:
+            plan = medlm.plan_rollout(progress, args.mask_diffusion_pred_per_step, args.max_diffusion_steps, shared)
+            batch = medlm.rollout(model, examples, plan, tokens, min_t=args.intermediate_min_t, max_t=args.intermediate_max_t,
+                                  order=args.rollout_order, generator=seeded(*key))  # fmt: skip
+            return module(medlm.rollout_loss, batch.to(device))
+        batch = medlm.mask_batch(
+            examples, mask_id=tokens["mask"], min_t=args.min_t, max_t=args.max_t, generator=seeded(*key)
+        )
+        return module(medlm.mask_loss, batch.to(device), args.loss_norm)
+
+    return medlm_loss
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(out: Path, name: str, module, tokenizer, optimizer, step: int, args, ranks: Ranks) -> None:
+    """OUT/checkpoint-NAME: model, tokenizer, optimizer and step; written under another name, then renamed."""
+    if ranks.is_main:
+        target, partial = out / f"checkpoint-{name}", out / f".writing-{name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        models.save(module.model, partial)
+        tokenizer.save(partial)
+        names = {id(p): n for n, p in module.model.named_parameters()}
+        moments = {
+            f"{names[id(p)]}.{key}": value.detach().cpu().contiguous()
+            for p, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+        save_file(moments, partial / "optimizer.safetensors")
+        (partial / "train_state.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=2))
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+        for old in checkpoints(out)[: -args.save_total_limit]:
+            shutil.rmtree(old)
+    ranks.barrier()
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [(int(json.loads(f.read_text())["step"]), f.parent) for f in out.glob("checkpoint-*/train_state.json")]
+    return [path for _, path in sorted(found)]
+
+
+def restore_optimizer(checkpoint: Path, model, optimizer) -> None:
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    for name, p in model.named_parameters():
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        state = {key: moments[f"{name}.{key}"] for key in keys if f"{name}.{key}" in moments}
+        if state:
+            optimizer.state[p] = {key: value if key == "step" else value.to(p.device) for key, value in state.items()}
+
+
+def trim_metrics(file: Path, step: int) -> None:
+    """Drop lines that an interrupted run logged after its last checkpoint: they will be logged again."""
+    if file.is_file():
+        lines = [
+            line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
+        file.write_text("".join(line + "\n" for line in lines))
+
+
+# ---------------------------------------------------------------------------------------------------- set-up
+
+
+def prepare_output(args, ranks: Ranks) -> tuple[Path, Path | None]:
+    """The output directory, proven writable before anything long starts, and the checkpoint to continue from."""
+    out = Path(args.output_dir)
+    if ranks.is_main:
+        try:
+            if args.overwrite_output_dir:
+                for old in [*checkpoints(out), out / "metrics.jsonl"]:
+                    shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
+            probe = out / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as e:
+            raise OSError(
+                f"--output_dir {out}: cannot be written to ({e.strerror or e}); choose another folder"
+            ) from None
+    ranks.barrier()
+    found = checkpoints(out)
+    return out, found[-1] if found else None
+
+
+def prepare_model(args, resume: Path | None, texts, ranks: Ranks):
+    """(model, tokenizer): continued, converted, or new. texts: what a new model's tokenizer is trained on."""
+    source = resume or args.model_name_or_path
+    if source:
+        directory = models.local_path(str(source))
+        model, tokenizer = models.load(directory, method=args.method), data.load_tokenizer(directory)
+    else:
+        tokenizer = (
+            data.toy_tokenizer()
+            if args.dataset_args.startswith("toy")
+            else data.train_tokenizer(texts(), args.vocab_size)
+        )
+        model = models.build(
+            args.method, args.preset, tokenizer.vocab_size, time_conditioned=args.time_conditioned, seed=args.seed
+        )
+    if args.method == "editflow":
+        settings = model.config.nanoedit
+        settings["schedule"] = args.schedule or settings.get("schedule", "cubic")
+        settings["x0_sampler"] = args.x0_sampler or settings.get("x0_sampler", "empty")
+        kind = editflow.source(settings["x0_sampler"]).kind
+        editflow.schedule(settings["schedule"])
+        if kind == "masks" and tokenizer.mask_id is None:
+            raise ValueError("--x0_sampler masks: the tokenizer has no mask token; convert.py --to editflow adds one")
+    else:
+        medlm.check_tokens(tokenizer.tokens)
+        if args.copy_head and not resume:
+            model.next_token_head.load_state_dict(model.lm_head.state_dict())
+    model.model.gradient_checkpointing = args.gradient_checkpointing
+    return model.to(ranks.device), tokenizer
+
+
+def learning_rate(step: int, steps: int, args) -> float:
+    """Linear warm-up, then cosine or linear decay to 0, or constant."""
+    warmup = args.warmup_steps or int(args.warmup_ratio * steps)
+    if step < warmup:
+        return args.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    decay = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    return args.learning_rate * decay[args.lr_scheduler_type]
+
+
+class Data:
+    """Training and validation examples, and the one stream of micro-batches that all processes share."""
+
+    def __init__(self, args, tokenizer, train_records, eval_records, ranks: Ranks):
+        self.args, self.tokenizer = args, tokenizer
+        encode = {"max_length": args.max_length, "insert_eos": args.insert_eos, "chat_template": args.chat_template}
+        self.train = data.encode(train_records, tokenizer, **encode, progress=ranks.is_main)
+        held_out = data.encode(eval_records, tokenizer, **encode, recut=False).examples if eval_records else []
+        self.eval = self.pad(held_out)
+        if self.train.too_long:
+            ranks.say(f"{self.train.too_long} samples longer than --max_length {args.max_length} left out")
+        tokens = sum(len(e) for e in self.rows(0))
+        ranks.say(f"{len(self.train)} examples an epoch, {tokens} tokens; {len(self.eval)} held out")
+
+    def pad(self, examples: list) -> list:
+        """ME-DLM's responses end in pads, from which it learns how long an answer is."""
+        if self.args.method == "editflow" or not self.args.pad_len:
+            return examples
+        return [data.pad_response(e, self.args.pad_len, self.tokenizer.pad_id, self.args.max_length) for e in examples]
+
+    def rows(self, epoch: int) -> list:
+        return self.pad(self.train.epoch(self.args.seed, epoch))
+
+    def epoch(self, epoch: int) -> list[list]:
+        """The micro-batches of an epoch: lists of examples, for ME-DLM from packed rows of max_length tokens."""
+        size, seed, examples = self.args.per_device_train_batch_size, self.args.seed, self.rows(epoch)
+        if self.args.method == "editflow":
+            return list(data.batches(examples, size, seed, epoch))
+        rows = data.pack(examples, self.args.max_length)
+        return [[e for row in batch for e in row] for batch in data.batches(rows, size, seed, epoch)]
+
+    def stream(self, start: int):
+        """All micro-batches from number `start` on, epoch after epoch without end: depends on the seed alone."""
+        epoch = 0
+        while True:
+            batches = self.epoch(epoch)
+            yield from batches[start:]
+            start, epoch = max(0, start - len(batches)), epoch + 1
+
+
+# ---------------------------------------------------------------------------------------------------- the loop
+
+
+def train(args, ranks: Ranks) -> None:
+    out, resume = prepare_output(args, ranks)
+    train_records, eval_records, reports = data.load_records(
+        args.dataset_args, args.seed, text_field=args.text_field, skip_bad_records=args.skip_bad_records
+    )
+    for report in reports:
+        ranks.say(str(report))
+    model, tokenizer = prepare_model(args, resume, lambda: data.texts(train_records), ranks)
+    dataset = Data(args, tokenizer, train_records, eval_records, ranks)
+    if (
+        args.method == "editflow"
+        and editflow.source(model.config.nanoedit["x0_sampler"]).kind == "uniform"
+        and not resume
+    ):
+        model.set_unigram(unigram(dataset.rows(0), tokenizer.vocab_size))
+    loss_of = loss_function(args, model, tokenizer, ranks.device)
+
+    group = args.gradient_accumulation_steps * ranks.world  # micro-batches per step
+    steps = args.max_steps or math.ceil(args.num_train_epochs * len(dataset.epoch(0)) / group)
+    every = {
+        k: max(1, int(v if v >= 1 else v * steps)) for k, v in (("eval", args.eval_steps), ("save", args.save_steps))
+    }
+    if args.eval_strategy == "epoch":
+        every["eval"] = max(1, len(dataset.epoch(0)) // group)
+
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=args.learning_rate, betas=(0.9, args.adam_beta2), fused=True,
+    )  # fmt: skip
+    step = 0
+    if resume:
+        step = json.loads((resume / "train_state.json").read_text())["step"]
+        restore_optimizer(resume, model, optimizer)
+        ranks.say(f"continuing {resume} at step {step} of {steps}")
+    if args.compile:
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
+    module = LossModule(model)
+    ddp = module
+    if ranks.world > 1:
+        ddp = DistributedDataParallel(module, device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None)
+    log = Log(out, step, args, ranks)
+    parameters = sum(p.numel() for p in model.parameters())
+    ranks.say(
+        f"{args.method}, {parameters / 1e6:.1f}M parameters, {steps} steps on {ranks.world} x {ranks.device.type}"
+    )
+
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.bf16)
+    stream = dataset.stream(step * group)
+    stop = StopSignal()
+    with tqdm(total=steps, initial=step, disable=not ranks.is_main, unit="step", dynamic_ncols=True) as bar:
+        while step < steps:
+            for g in optimizer.param_groups:
+                g["lr"] = learning_rate(step, steps, args)
+            batches = [next(stream) for _ in range(group)][ranks.rank :: ranks.world]
+            for m, examples in enumerate(batches):
+                key = (args.seed, step, m * ranks.world + ranks.rank)
+                last = m == len(batches) - 1
+                with contextlib.nullcontext() if last or ranks.world == 1 else ddp.no_sync(), autocast:
+                    loss, parts = loss_of(ddp, examples, key, step / steps)
+                (loss / len(batches)).backward()
+                log.add(parts, sum(len(e) for e in examples))
+            norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            bar.update()
+            log.add({"grad_norm": norm})
+            if step % args.logging_steps == 0 or step == steps:
+                bar.set_postfix(log.write(step, optimizer.param_groups[0]["lr"]), refresh=False)
+            if args.eval_strategy != "no" and dataset.eval and (step % every["eval"] == 0 or step == steps):
+                with autocast:
+                    log.write_eval(step, evaluate(loss_of, ddp, dataset.eval, args, ranks))
+                    show_samples(model, tokenizer, dataset.eval, args, ranks)
+            stopping = ranks.any(stop.requested)
+            if (step % every["save"] == 0 and step < steps) or (stopping and step < steps):
+                save_checkpoint(out, str(step), module, tokenizer, optimizer, step, args, ranks)
+            if stopping and step < steps:
+                ranks.say(
+                    f"stopped at step {step}; saved in {out}/checkpoint-{step}; the same command goes on from there"
+                )
+                return stop.status
+    save_checkpoint(out, "final", module, tokenizer, optimizer, step, args, ranks)
+    ranks.say(f"saved in {out}/checkpoint-final")
+    return 0
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM end the run at the next step, after saving. A second Ctrl-C ends it at once."""
+
+    def __init__(self):
+        self.requested, self.status = False, 0
+        signal.signal(signal.SIGTERM, self.receive)
+        signal.signal(signal.SIGINT, self.receive)
+
+    def receive(self, number, frame):
+        self.requested, self.status = True, 130 if number == signal.SIGINT else 0
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def unigram(examples: list, vocab_size: int) -> torch.Tensor:
+    """Token frequencies of the responses, float [V]: where x0_sampler uniform draws from."""
+    counts = torch.bincount(torch.tensor([token for e in examples for token in e.response]), minlength=vocab_size)
+    return counts.float() / counts.sum()
+
+
+@torch.no_grad()
+def evaluate(loss_of, module, examples: list, args, ranks: Ranks) -> dict[str, float]:
+    """Mean loss on the held-out examples. The noise depends on the batch number alone, so that figures compare."""
+    module.eval()
+    size, sums, count = args.per_device_eval_batch_size, {}, 0
+    batches = [examples[i : i + size] for i in range(0, len(examples), size)]
+    for i in range(ranks.rank, len(batches), ranks.world):
+        _, parts = loss_of(module.module if ranks.world > 1 else module, batches[i], (0, i, 0), 1.0)
+        for name, value in parts.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(batches[i])
+        count += len(batches[i])
+    module.train()
+    return {f"eval_{name}": value for name, value in ranks.mean({k: v / count for k, v in sums.items()}).items()}
+
+
+def show_samples(model, tokenizer, examples: list, args, ranks: Ranks) -> None:
+    """A few held-out prompts answered: the loss says how well it learns, the texts say what."""
+    if not args.eval_samples or not ranks.is_main:
+        return
+    model.eval()
+    chosen = examples[: args.eval_samples]
+    prompts = [e.prompt for e in chosen]
+    if args.method == "editflow":
+        start, rng = editflow.source(model.config.nanoedit["x0_sampler"]), seeded(0)
+        x0 = [start.draw(e.draft, tokenizer.mask_id, getattr(model, "unigram", None), rng) for e in chosen]
+        texts = [s.response for s in editflow.sample(model, prompts, x0=x0, steps=50)]
+    else:
+        longest = max(len(e.response) for e in chosen)
+        decoded = medlm.decode(
+            model,
+            prompts,
+            tokenizer.tokens,
+            init_num=longest,
+            mask_diffusion_step=-(-longest // 4),
+            edit_diffusion_step=4,
+        )
+        texts = [d.response for d in decoded]
+    for prompt, text in zip(prompts, texts):
+        ranks.say(f"  | {tokenizer.decode(prompt)!r} -> {tokenizer.decode(text)!r}")
+    model.train()
+
+
+class Log:
+    """metrics.jsonl: one JSON object per logging step, means since the last one; tensorboard on request."""
+
+    def __init__(self, out: Path, step: int, args, ranks: Ranks):
+        self.file, self.ranks = out / "metrics.jsonl", ranks
+        self.board = None
+        if ranks.is_main:
+            trim_metrics(self.file, step)
+            if args.report_to == "tensorboard":
+                try:
+                    from torch.utils.tensorboard import SummaryWriter
+                except ImportError:
+                    raise ValueError("--report_to tensorboard: run `pip install tensorboard` first") from None
+                self.board = SummaryWriter(out / "tensorboard")
+        self.start = time.monotonic()
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums, self.counts, self.tokens, self.since = {}, {}, 0, time.monotonic()
+
+    def add(self, parts: dict, tokens: int = 0) -> None:
+        for name, value in parts.items():
+            self.sums[name] = self.sums.get(name, 0) + value  # tensors stay on the device until they are written
+            self.counts[name] = self.counts.get(name, 0) + 1
+        self.tokens += tokens
+
+    def write(self, step: int, lr: float) -> dict:
+        means = self.ranks.mean({name: float(total) / self.counts[name] for name, total in self.sums.items()})
+        speed = self.tokens * self.ranks.world / (time.monotonic() - self.since)
+        self.append(
+            {
+                "step": step,
+                **means,
+                "lr": lr,
+                "tokens_per_s": round(speed),
+                "seconds": round(time.monotonic() - self.start, 1),
+            }
+        )
+        self.reset()
+        return {"loss": f"{means.get('loss', 0):.3f}", "lr": f"{lr:.1e}", "tok/s": f"{speed:.0f}"}
+
+    def write_eval(self, step: int, values: dict) -> None:
+        self.append({"step": step, **values})
+        self.ranks.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self.since = time.monotonic()
+
+    def append(self, record: dict) -> None:
+        if self.ranks.is_main:
+            with open(self.file, "a", encoding="utf-8") as f:
+                f.write(json.dumps(record) + "\n")
+            if self.board:
+                for name, value in record.items():
+                    self.board.add_scalar(name, value, record["step"])
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    ranks = Ranks()
+    try:
+        return train(args, ranks)
+    finally:
+        if ranks.world > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    cli.run(main)
