@@ -47,6 +47,17 @@ ORDERS = ("confidence", "random")
 # ---------------------------------------------------------------------------------------------------- batches
 
 
+def special_tokens(tokenizer) -> dict[str, int]:
+    """The `tokens` that the functions below ask for: ids of mask, pad, del (`<|del|>`) and eos (end of message).
+
+    Raises ValueError if the tokenizer lacks one of them.
+    """
+    tokens = {name: getattr(tokenizer, f"{name}_id") for name in ("mask", "pad", "del", "eos")}
+    if missing := [name for name, token in tokens.items() if token is None]:
+        raise ValueError(f"the tokenizer has no {' and no '.join(missing)} token; `convert.py --to medlm` adds them")
+    return tokens
+
+
 def pack_examples(examples) -> tuple[Ragged, Tensor]:
     """Examples (anything with .prompt and .response, lists of token ids) to prompt + response in one row, and `first`.
 
@@ -299,8 +310,8 @@ def propose_edits(
 
     Only response rows go through the heads. Masks, pads and eos are never written: a draft stays a closed draft. For
     next_token_head, eos means that nothing follows. room [B], max_edits: see `refine`. Returns (op, sub_token,
-    ins_token) and doubt, float [B]: the log-odds of the heads' choices against leaving things as they are, summed over
-    all rows; 0 for a text that the model would not touch.
+    ins_token) and doubt, float [B]: the log-odds of the edits, before any limit, against leaving things as they are; 0
+    for a text that the model would not touch.
     """
     text, gaps = (rows[active[x.batch[rows]]] for rows in text_and_gaps(x, first))
     hidden, where = forward_active(model, x, active)
@@ -312,14 +323,14 @@ def propose_edits(
 
     odds = torch.zeros(len(x.ids), 2, device=x.ids.device)  # [T, 2]: the token's own edit, the insertion behind it
     odds[text, 0], odds[gaps, 1] = token_odds, insert_odds
-    doubt = odds.new_zeros(len(x)).index_add_(0, x.batch, odds.clamp(min=0).sum(1))
+    edits = torch.stack([op != KEEP, ins_token != GAP], 1)
+    doubt = odds.new_zeros(len(x)).index_add_(0, x.batch, (odds.clamp(min=0) * edits).sum(1))
     if max_edits is not None:
-        edits = torch.stack([op != KEEP, ins_token != GAP], 1)
-        edits &= ~surest(edits, odds, x, torch.full_like(room, max_edits))  # what is left is undone
-        op, ins_token = op.masked_fill(edits[:, 0], KEEP), ins_token.masked_fill(edits[:, 1], GAP)
-    inserts = (ins_token != GAP)[:, None]
+        edits = surest(edits, odds, x, torch.full_like(room, max_edits))
+    op = op.where(edits[:, 0], KEEP)
     free = room - torch.bincount(x.batch[text[op[text] != DEL]], minlength=len(x))
-    return (op, sub_token, ins_token.where(surest(inserts, odds[:, 1:], x, free)[:, 0], GAP)), doubt
+    inserts = surest(edits[:, 1:], odds[:, 1:], x, free)[:, 0]
+    return (op, sub_token, ins_token.where(inserts, GAP)), doubt
 
 
 def surest(edits: Tensor, odds: Tensor, x: Ragged, count: Tensor) -> Tensor:
@@ -436,7 +447,6 @@ def rollout(
     Raises ValueError where a response cannot be labelled (`response_text`).
     """
     check_range("intermediate_min_t", min_t, "intermediate_max_t", max_t)
-    check_tokens(tokens)
     clean = [response_text(e.response, tokens) for e in examples]
     x, first = pack_examples(examples)
     masked = draw_masks(x, first, stratified(len(x), min_t, max_t, generator), generator)
@@ -536,15 +546,14 @@ def decode(
 ) -> list[Decoded]:
     """Answer prompts: fill init_num masks in mask_diffusion_step passes, then edit in up to edit_diffusion_step passes.
 
-    prompts: B lists of at least one token id. tokens: the ids of mask, pad, del and eos (end of message). order: of
-    unmasking, "confidence" or "random"; seeds: B ints for the latter, by default 0, 1, 2, ... max_edits: per pass
-    and sequence; None for all. No response grows beyond init_num tokens. A prompt gets the same answer alone and in
-    any batch (in float32, and for random order with the same seed).
+    prompts: B lists of at least one token id. tokens: see `special_tokens`. order of unmasking: "confidence" or
+    "random", the latter from seeds, B ints, by default 0, 1, 2, ... max_edits: per pass and sequence; None for all. No
+    response grows beyond init_num tokens. A prompt gets the same answer alone and in any batch (in float32, and with
+    the same seed if the order is random).
     on_step(t, x, op, sub_token, ins_token, label) is called with the text before each pass and the edits about to be
     applied to it; t is the fraction of the planned passes behind it, label "mask" or "edit". progress(done, planned)
     follows each pass. Raises ValueError for an empty prompt or an impossible setting.
     """
-    check_tokens(tokens)
     if order not in ORDERS:
         raise ValueError(f"unknown order {order!r}; choose one of {', '.join(ORDERS)}")
     if min(init_num, edit_diffusion_step) < 0 or mask_diffusion_step < 1 or (max_edits is not None and max_edits < 1):
@@ -574,13 +583,5 @@ def decode(
         x = close_draft(x, first, tokens)
         drafts = contents(x, first)
         room = torch.full_like(first, init_num)
-        x, used = refine(
-            model, x, first, edit_diffusion_step, tokens, room=room, max_edits=max_edits, on_pass=on_pass
-        )
+        x, used = refine(model, x, first, edit_diffusion_step, tokens, room=room, max_edits=max_edits, on_pass=on_pass)
     return [Decoded(d, r, mask_passes, n) for d, r, n in zip(drafts, contents(x, first), used.tolist())]
-
-
-def check_tokens(tokens: dict) -> None:
-    """Raises ValueError if mask, pad, del or eos is missing (None: the tokenizer has no such token)."""
-    if missing := [name for name in ("mask", "pad", "del", "eos") if tokens.get(name) is None]:
-        raise ValueError(f"the tokenizer has no {missing[0]} token, ME-DLM needs one: `convert.py --to medlm` adds it")

@@ -1,0 +1,776 @@
+"""What medlm.py promises, checked against slow, obvious versions and against heads that know the answer."""
+
+import itertools
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import medlm
+import models
+from edit_distance import distance, edit_labels
+from ragged import DEL, GAP, KEEP, SUB, Ragged, apply_edits
+
+V = 64
+TOKENS = {"mask": 60, "pad": 61, "del": 62, "eos": 63}
+MASK, PAD, DELETE, EOS = TOKENS.values()
+LETTERS = st.integers(0, 3)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def example(prompt, response):
+    return SimpleNamespace(prompt=prompt, response=response)
+
+
+def random_examples(seed, n=5):
+    """Ragged examples; among them an empty response, a one-token response and one of pads only."""
+    draw = np.random.default_rng(seed)
+    lengths = [*draw.integers(2, 9, n - 3), 0, 1, 1]
+    examples = [
+        example(draw.integers(0, 50, draw.integers(1, 5)).tolist(), draw.integers(0, 50, k).tolist()) for k in lengths
+    ]
+    examples[-1].response = [EOS]
+    return [examples[i] for i in draw.permutation(n)]
+
+
+# ---------------------------------------------------------------------------------------------------- stand-in models
+
+
+class Tiny(nn.Module):
+    """A small model with the interface of MEDLMModel: each token sees the mean of its own sequence."""
+
+    def __init__(self, seed=0, dropout=0.0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.mix = nn.Embedding(V, 16), nn.Linear(16, 16)
+        self.dropout = nn.Dropout(dropout)
+        self.lm_head, self.next_token_head = nn.Linear(16, V), nn.Linear(16, V)
+
+    def forward(self, x, t=None):
+        h = self.embed(x.ids)
+        mean = torch.zeros(len(x), 16).index_add_(0, x.batch, h) / x.lengths[:, None].clamp(min=1)
+        return self.dropout(
+            torch.tanh(h + self.mix(mean)[x.batch] + torch.sin(x.positions[:, None] * torch.arange(16.0)))
+        )
+
+
+class Say(nn.Module):
+    """A head whose answer stands in one column of the hidden state."""
+
+    out_features = V
+
+    def __init__(self, column):
+        super().__init__()
+        self.column = column
+
+    def forward(self, hidden):
+        return 9 * nn.functional.one_hot(hidden[:, self.column].long(), V).float()
+
+
+class Oracle(nn.Module):
+    """Knows a draft and a target by the prompt's first token: fills masks with the draft, then says `edit_labels`.
+
+    Rows without a label, the prompt's included, say something harmful instead.
+    """
+
+    def __init__(self, cases):  # {first token: (prompt length, draft, target)}
+        super().__init__()
+        self.cases, self.forwards, self.sizes = cases, 0, []
+        self.lm_head, self.next_token_head = Say(0), Say(1)
+        self.device_of = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, t=None):
+        self.forwards += 1
+        self.sizes.append(len(x))
+        hidden = []
+        for row in x.unpack():
+            n, draft, target = self.cases[row[0]]
+            said = torch.tensor([[DELETE, 7]] * len(row), dtype=torch.float32)
+            if MASK in row[n:]:
+                said[n:, 0] = torch.tensor((draft + [PAD] * len(row))[: len(row) - n])
+            elif len(row) > n:
+                token, insert = edit_labels(row[n:-1], target, DELETE, EOS)
+                said[n:-1, 0] = torch.tensor(token)
+                said[n - 1 : -1, 1] = torch.tensor(np.where(insert == -100, 7, insert))
+            hidden.append(said)
+        return torch.cat(hidden)
+
+
+# ---------------------------------------------------------------------------------------------------- stages 1 and 2
+
+
+def test_masks_cover_responses_only_and_targets_are_what_stood_there():
+    for seed in range(20):
+        examples = random_examples(seed)
+        batch = medlm.mask_batch(examples, mask_id=MASK, min_t=0.0, max_t=1.0, generator=seeded(seed))
+        expected = []
+        for row, e in zip(batch.x.unpack(), examples):
+            assert row[: len(e.prompt)] == e.prompt
+            assert len(row) == len(e.prompt) + len(e.response)
+            expected += [e.response[i] for i, token in enumerate(row[len(e.prompt) :]) if token == MASK]
+        assert batch.token.tolist() == expected
+        assert batch.length.tolist() == [len(e.response) for e in examples]
+        assert (batch.x.batch[batch.row] == batch.x.batch[batch.row - 1]).all()  # no label crosses a fence
+
+
+def test_every_response_token_the_first_included_is_masked_with_probability_t():
+    examples = [example([1], [5] * 8)] * 64
+    hits, ts = torch.zeros(8), []
+    for seed in range(100):
+        batch = medlm.mask_batch(examples, mask_id=MASK, min_t=0.2, max_t=0.6, generator=seeded(seed))
+        masked = (batch.x.ids == MASK).view(64, 9)[:, 1:]
+        hits += masked.sum(0)
+        ts.append(batch.t)
+        assert ((batch.t - 0.2) / 0.4 * 64).long().sort().values.tolist() == list(range(64))  # one t in each stratum
+    n = 6400
+    assert ((hits / n - 0.4).abs() < 4 * math.sqrt(0.24 / n)).all()
+    assert (
+        (torch.stack(ts).mean(0) - 0.4).abs() < 4 * 0.4 / math.sqrt(12 * 100)
+    ).all()  # whatever the place in the batch
+
+
+def test_masking_follows_each_samples_own_t():
+    examples = [example([1], [5] * 4000)] * 6
+    batch = medlm.mask_batch(examples, mask_id=MASK, min_t=0.0, max_t=1.0, generator=seeded(3))
+    fraction = (batch.x.ids == MASK).view(6, -1)[:, 1:].float().mean(1)
+    assert batch.t.std() > 0.2
+    assert ((fraction - batch.t).abs() < 4 * 0.5 / math.sqrt(4000)).all()
+    assert (batch.t >= medlm.MIN_T).all()
+
+
+def slow_mask_loss(model, batch, norm):
+    """One sample, one position at a time, with a full softmax."""
+    lm, following, counted = [], [], 0
+    where = {int(r): int(tok) for r, tok in zip(batch.row, batch.token)}
+    start = 0
+    for b, row in enumerate(batch.x.unpack()):
+        hidden = model(Ragged.pack([row]))
+        ce = [[], []]
+        for i in range(len(row)):
+            if start + i in where:
+                token = where[start + i]
+                ce[0].append(-model.lm_head(hidden[i]).log_softmax(-1)[token])
+                ce[1].append(-model.next_token_head(hidden[i - 1]).log_softmax(-1)[token])
+        start += len(row)
+        length = int(batch.length[b])
+        counted += bool(ce[0]) if norm == "tokens" else length > 0
+        if ce[0]:
+            scale = batch.t[b] * (len(ce[0]) if norm == "tokens" else length)
+            lm.append(sum(ce[0]) / scale)
+            following.append(sum(ce[1]) / scale)
+    return (sum(lm) / counted, sum(following) / counted) if lm else (torch.tensor(0.0), torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("norm", ["tokens", "bound"])
+def test_mask_loss_equals_the_slow_version(norm):
+    for seed in range(12):
+        model = Tiny(seed)
+        batch = medlm.mask_batch(random_examples(seed), mask_id=MASK, min_t=0.0, max_t=1.0, generator=seeded(seed))
+        loss, metrics = medlm.mask_loss(model, batch, norm)
+        lm, following = slow_mask_loss(model, batch, norm)
+        assert torch.allclose(loss, lm + following, rtol=1e-4)
+        assert torch.allclose(metrics["loss_mask_lm"], lm, rtol=1e-4)
+        assert metrics["masked_tokens"] == len(batch.row)
+        ours = torch.autograd.grad(loss, model.parameters(), retain_graph=True)
+        if len(batch.row):
+            for a, b in zip(ours, torch.autograd.grad(lm + following, model.parameters())):
+                assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["tokens", "bound"])
+@pytest.mark.parametrize("t", [0.0, 1.0])
+def test_no_nan_with_nothing_or_everything_masked(norm, t):
+    x, first = medlm.pack_examples(random_examples(0))
+    row = medlm.draw_masks(x, first, torch.full((len(x),), t), seeded(0))
+    assert len(row) == (0 if t == 0 else int((x.lengths - first).sum()))
+    batch = medlm.MaskBatch(x, torch.full((len(x),), max(t, medlm.MIN_T)), x.lengths - first, row, x.ids[row])
+    model = Tiny()
+    loss, _ = medlm.mask_loss(model, batch, norm)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert t == 1.0 or loss == 0
+
+
+def test_no_nan_when_all_responses_are_empty():
+    batch = medlm.mask_batch([example([1, 2], [])], mask_id=MASK, min_t=0.0, max_t=1.0, generator=seeded(0))
+    for norm in ("tokens", "bound"):
+        assert medlm.mask_loss(Tiny(), batch, norm)[0] == 0
+
+
+class Table(nn.Module):
+    """An arbitrary conditional model of 3 tokens over 2 symbols: random logits for every pattern of visible tokens."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.logits = {}
+        self.noise = seeded(seed)
+        self.lm_head = nn.Linear(2, 2, bias=False)
+        nn.init.eye_(self.lm_head.weight)
+        self.next_token_head = self.lm_head
+
+    def forward(self, x, t=None):
+        state = tuple(x.ids.tolist())
+        if state not in self.logits:
+            self.logits[state] = 2 * torch.randn(len(state), 2, generator=self.noise)
+        return self.logits[state]
+
+
+def test_bound_is_the_mean_over_orders_of_the_nll_and_an_upper_bound_of_the_exact_nll():
+    """The decoder reveals one uniformly drawn masked token per pass, so p(x) = E_order[prod_i p(x_order(i) | earlier)].
+
+    Expectations are exact: over masks by enumeration, over t ~ U[0, 1] by Gauss-Legendre (a polynomial in t).
+    """
+    L, model, total = 3, Table(0), 0.0
+    nodes, node_weights = np.polynomial.legendre.leggauss(4)
+    for text in itertools.product([0, 1], repeat=L):
+
+        def masked_state(masked, text=text):
+            return [1] + [MASK if i in masked else token for i, token in enumerate(text)]
+
+        per_order = []
+        for order in itertools.permutations(range(L)):
+            nll = 0.0
+            for step, i in enumerate(order):
+                logits = model(Ragged.pack([masked_state(order[step:])]))[1 + i]
+                nll -= float(logits.log_softmax(-1)[text[i]])
+            per_order.append(nll)
+        exact = -math.log(np.mean(np.exp(-np.array(per_order))))
+
+        bound = 0.0
+        for node, node_weight in zip(nodes, node_weights):
+            t = (node + 1) / 2
+            for masked in itertools.product([False, True], repeat=L):
+                k = sum(masked)
+                row = torch.tensor([1 + i for i in range(L) if masked[i]], dtype=torch.int64)
+                x = Ragged.pack([masked_state([i for i in range(L) if masked[i]])])
+                batch = medlm.MaskBatch(x, torch.tensor([t]), torch.tensor([L]), row, torch.tensor(text)[row - 1])
+                loss = float(medlm.mask_loss(model, batch, "bound")[1]["loss_mask_lm"])
+                bound += node_weight / 2 * t**k * (1 - t) ** (L - k) * loss * L
+        assert bound == pytest.approx(np.mean(per_order), rel=1e-4)
+        assert bound >= exact
+        assert bound > exact + 1e-3  # the conditionals disagree between orders, so the bound is not tight here
+        total += math.exp(-exact)
+    assert total == pytest.approx(1, rel=1e-5)  # what is bounded is the likelihood of a proper distribution
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"min_t": 0.5, "max_t": 0.5}, "min_t"),
+        ({"min_t": -0.1, "max_t": 1.0}, "min_t"),
+        ({"min_t": 0, "max_t": 0.01}, "max_t"),
+    ],
+)
+def test_impossible_mask_ranges_are_refused(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        medlm.mask_batch([example([1], [2])], mask_id=MASK, generator=seeded(0), **arguments)
+
+
+def test_empty_prompts_and_unknown_norms_are_refused():
+    with pytest.raises(ValueError, match="example 1 has an empty prompt"):
+        medlm.pack_examples([example([1], [2]), example([], [2])])
+    batch = medlm.mask_batch([example([1], [2])], mask_id=MASK, min_t=0.0, max_t=1.0, generator=seeded(0))
+    with pytest.raises(ValueError, match="loss_norm"):
+        medlm.mask_loss(Tiny(), batch, "mean")
+
+
+# ---------------------------------------------------------------------------------------------------- parts of a pass
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=20),
+    st.lists(st.integers(0, 4), min_size=4, max_size=4),
+)
+def test_highest_is_the_top_of_each_sequence(pairs, count):
+    sample, score = (torch.tensor([p[k] for p in pairs], dtype=torch.int64) for k in (0, 1))
+    chosen = medlm.highest(score.float(), sample, torch.tensor(count)).tolist()
+    for b in range(4):
+        rows = sorted((i for i, p in enumerate(pairs) if p[0] == b), key=lambda i: (-pairs[i][1], i))
+        assert [i for i in rows if chosen[i]] == rows[: count[b]]
+
+
+@pytest.mark.parametrize("chunk", [V, 3 * V, 1 << 24])
+def test_best_tokens_equal_a_full_softmax(monkeypatch, chunk):
+    monkeypatch.setattr(medlm, "CHUNK_FLOATS", chunk)
+    hidden, head, row = torch.randn(9, 16, generator=seeded(1)), Tiny().lm_head, torch.tensor([8, 0, 3, 3, 5, 1, 2])
+    with torch.no_grad():
+        full = head(hidden)[row]
+        allowed = full.clone()
+        never = allowed.argmax(1)[:2].tolist()
+        allowed[:, never] = -torch.inf
+        token, sure = medlm.best_tokens(hidden, head, row, never)
+        assert token.tolist() == allowed.argmax(1).tolist()
+        assert torch.allclose(sure, allowed.log_softmax(1).amax(1))
+        rival = torch.arange(7)
+        token, sure = medlm.best_tokens(hidden, head, row, never, rival)
+        assert torch.allclose(sure, allowed.amax(1) - full[torch.arange(7), rival])
+        token, sure = medlm.best_tokens(hidden, head, row[:0], never)
+        assert len(token) == len(sure) == 0
+
+
+responses = st.lists(st.sampled_from([0, 1, PAD, EOS]), max_size=8)
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.sampled_from([5, EOS, PAD]), min_size=1, max_size=3), responses), min_size=1, max_size=4
+    )
+)
+def test_close_draft_cuts_at_the_first_eos_drops_pads_and_ends_with_one_eos(cases):
+    x = Ragged.pack([p + r for p, r in cases])
+    first = torch.tensor([len(p) for p, _ in cases])
+    closed = medlm.close_draft(x, first, TOKENS)
+    expected = [[t for t in itertools.takewhile(lambda t: t != EOS, r) if t != PAD] for _, r in cases]
+    assert closed.unpack() == [p + e + [EOS] for (p, _), e in zip(cases, expected)]
+    assert medlm.contents(closed, first) == expected
+    text, gaps = medlm.text_and_gaps(closed, first)
+    assert closed.ids[text].tolist() == list(itertools.chain(*expected))
+    assert closed.ids[gaps].tolist() == list(itertools.chain(*([p[-1], *e] for (p, _), e in zip(cases, expected))))
+
+
+class Fickle(Tiny):
+    """Would put <|del|>, then the mask, above everything else, if it were let."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():
+            self.lm_head.bias[[DELETE, MASK]] = torch.tensor([99.0, 98.0])
+
+
+@pytest.mark.parametrize("order", ["confidence", "random"])
+def test_masks_are_filled_in_equal_shares_and_never_with_del_or_mask(order):
+    x = Ragged.pack([[1, MASK] + [MASK] * 10, [2, 7, 8], [3] + [MASK] * 3])  # a mask in a prompt is left alone
+    first, passes = torch.tensor([2, 1, 1]), torch.tensor([4, 0, 3])
+    counts = []
+
+    def count(label, step, x, edits):
+        counts.append([int((edits[0][x.batch == b] == SUB).sum()) for b in range(3)])
+
+    settings = {"order": order, "seeds": torch.arange(3), "on_pass": count}
+    with torch.no_grad():
+        filled = medlm.fill_masks(Fickle(), x, first, passes, TOKENS, **settings)
+    assert counts == [[3, 0, 1], [3, 0, 1], [2, 0, 1], [2, 0, 0]]
+    rows = filled.unpack()
+    assert rows[0][:2] == [1, MASK]
+    assert rows[1] == [2, 7, 8]
+    assert not {MASK, DELETE} & set(rows[0][2:] + rows[2])
+
+
+def test_confident_order_fills_the_surest_masks_first():
+    model, x = Tiny(), Ragged.pack([[1] + [MASK] * 6])
+    seen = []
+    settings = {"order": "confidence", "seeds": None, "on_pass": lambda label, step, x, edits: seen.append((x, edits))}
+    with torch.no_grad():
+        medlm.fill_masks(model, x, torch.tensor([1]), torch.tensor([3]), TOKENS, **settings)
+        for before, (op, token, _) in seen:
+            logits = model.lm_head(model(before)).index_fill(1, torch.tensor([MASK, DELETE]), -torch.inf)
+            best = logits.log_softmax(1).max(1)
+            surest = sorted((before.ids == MASK).nonzero().flatten().tolist(), key=lambda i: -best.values[i])[:2]
+            assert sorted(surest) == (op == SUB).nonzero().flatten().tolist()
+            assert (token[op == SUB] == best.indices[op == SUB]).all()
+
+
+def test_random_order_depends_on_the_seed_alone():
+    def order(seeds, rows):
+        x = Ragged.pack([[1] + [MASK] * 12] * rows)
+        masks = []
+
+        def note(label, step, x, edits):
+            masks.append(edits[0].view(rows, 13).argmax(1))  # one mask per sequence and pass
+
+        first, passes = torch.ones(rows).long(), torch.full((rows,), 12)
+        with torch.no_grad():
+            medlm.fill_masks(Tiny(), x, first, passes, TOKENS, order="random", seeds=torch.tensor(seeds), on_pass=note)
+        return torch.stack(masks, 1).tolist()
+
+    batch = order([5, 6, 5], 3)
+    assert batch[0] == batch[2] == order([5], 1)[0]
+    assert batch[1] == order([6], 1)[0] != batch[0]
+
+
+# ---------------------------------------------------------------------------------------------------- edits and oracle
+
+
+def test_the_example_in_the_header():
+    so, three, plus, four, equals, seven = range(6)
+    x = Ragged.pack([[10, so, three, plus, equals, seven, EOS]])
+    token = torch.tensor([10, DELETE, three, plus, equals, seven, EOS])
+    following = torch.tensor([three, so, plus, four, seven, EOS, GAP])
+    op, _, insert = edits = medlm.edit_pass(x, token, following, DELETE)
+    assert op.tolist() == [KEEP, DEL, KEEP, KEEP, KEEP, KEEP, KEEP]
+    assert insert.tolist() == [GAP, GAP, GAP, four, GAP, GAP, GAP]
+    assert apply_edits(x, *edits).unpack() == [[10, three, plus, four, equals, seven, EOS]]
+    labels = edit_labels([so, three, plus, equals, seven], [three, plus, four, equals, seven], DELETE, EOS)
+    assert labels[0].tolist() == token[1:-1].tolist()
+    assert labels[1].tolist() == [three, -100, plus, four, seven, EOS]
+
+
+texts = st.lists(LETTERS, max_size=9)
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), texts, texts), min_size=1, max_size=5), st.randoms())
+@settings(deadline=None, max_examples=200)
+def test_following_the_labels_every_edit_pass_lowers_the_distance_until_the_target_is_reached(cases, rng):
+    rows = [[9] * n + draft + [EOS] for n, draft, _ in cases]
+    first = torch.tensor([n for n, _, _ in cases])
+    for _ in range(10):
+        x = Ragged.pack(rows)
+        drafts = medlm.contents(x, first)
+        distances = [distance(a, target) for a, (_, _, target) in zip(drafts, cases)]
+        if not any(distances):
+            break
+        batch = medlm.label_drafts(x, first, [target for _, _, target in cases], TOKENS)
+        assert batch.distance.tolist() == distances
+        following = torch.tensor([rng.randrange(4) for _ in x.ids])  # what an unsupervised gap says must not matter,
+        outside = (x.positions < first[x.batch] - 1) | (x.ids == EOS)  # and outside the response there are no gaps
+        following[outside] = GAP
+        following[batch.insert_row] = batch.insert_target
+        token = x.ids.index_copy(0, batch.token_row, batch.token_target)
+        rows = apply_edits(x, *medlm.edit_pass(x, token, following, DELETE)).unpack()
+        for row, before, (n, _, target) in zip(rows, distances, cases):
+            assert row[:n] == [9] * n
+            assert row[-1] == EOS
+            assert before == 0 or distance(row[n:-1], target) < before
+    assert [row[n:-1] for row, (n, _, _) in zip(rows, cases)] == [target for _, _, target in cases]
+
+
+drafts = st.lists(st.sampled_from([0, 1, 2, PAD, EOS]), max_size=9)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3), drafts, texts), min_size=1, max_size=5),
+    st.integers(1, 12),
+    st.sampled_from(medlm.ORDERS),
+    st.sampled_from([None, 1, 3]),
+)
+@settings(deadline=None, max_examples=150)
+def test_with_oracle_heads_decoding_reaches_the_target_from_any_draft_in_any_batch(cases, steps, order, max_edits):
+    keys = range(20, 20 + len(cases))
+    model = Oracle({key: case for key, case in zip(keys, cases)})
+    prompts = [[key] + [8] * (n - 1) for key, (n, _, _) in zip(keys, cases)]
+    states = []
+    decoded = medlm.decode(
+        model, prompts, TOKENS, init_num=9, mask_diffusion_step=steps, edit_diffusion_step=20, order=order,
+        max_edits=max_edits, on_step=lambda t, x, op, sub, ins, label: states.append((label, x, op, ins)),
+    )  # fmt: skip
+    for d, (_, draft, target) in zip(decoded, cases):
+        start = [t for t in itertools.takewhile(lambda t: t != EOS, draft) if t != PAD]
+        assert d.draft == start
+        assert d.response == target
+        assert d.mask_passes == min(steps, 9)
+        assert d.edit_passes <= distance(start, target) + 1  # the last pass finds nothing left to do
+    assert model.forwards == decoded[0].mask_passes + max(d.edit_passes for d in decoded)
+    for label, x, op, ins in states:
+        if label == "edit" and max_edits:
+            per_sequence = torch.zeros(len(x)).index_add_(0, x.batch, (op != KEEP).float() + (ins != GAP))
+            assert per_sequence.max() <= max_edits
+
+
+def test_a_trace_replays_the_decode_and_finished_sequences_leave_the_batch():
+    model = Oracle({20: (1, [0, 1], [0, 1]), 21: (2, [0, 0, 0, PAD, 2, EOS], [1, 2, 3, 0, 1])})
+    steps, ticks = [], []
+    watch = {"on_step": lambda *step: steps.append(step), "progress": lambda *tick: ticks.append(tick)}
+    decoded = medlm.decode(model, [[20], [21, 8]], TOKENS, init_num=8, mask_diffusion_step=3, **watch)
+    for (_, x, op, sub, ins, label), (_, following, *_, next_label) in itertools.pairwise(steps):
+        if label == next_label:
+            assert apply_edits(x, op, sub, ins).unpack() == following.unpack()
+    _, x, op, sub, ins, _ = steps[-1]
+    assert [row[n:-1] for row, n in zip(apply_edits(x, op, sub, ins).unpack(), (1, 2))] == [d.response for d in decoded]
+    assert [d.edit_passes for d in decoded] == [1, len(steps) - 3]
+    assert model.sizes == [2, 2, 2, 2] + [1] * (len(steps) - 4)
+    assert [t for t, *_ in steps] == sorted(t for t, *_ in steps)
+    assert ticks == [(i + 1, 19) for i in range(len(steps))]
+
+
+class Swap(nn.Module):
+    """Wants 5 to be 6 and, by `back`, 6 to be 5; 4 to be 3. Inserts nothing."""
+
+    def __init__(self, back=1.0):
+        super().__init__()
+        wants = 2 * torch.eye(V)
+        wants[6, 5], wants[5, 6], wants[3, 4] = 5.0, 2 + back, 9.0
+        self.lm_head, self.next_token_head = nn.Linear(V, V, bias=False), nn.Linear(V, V)
+        self.lm_head.weight = nn.Parameter(wants)
+        nn.init.zeros_(self.next_token_head.weight)
+        self.next_token_head.bias = nn.Parameter(9 * nn.functional.one_hot(torch.tensor(EOS), V).float())
+
+    def forward(self, x, t=None):
+        return nn.functional.one_hot(x.ids, V).float()
+
+
+@pytest.mark.parametrize(("back", "kept"), [(1.0, 6), (4.0, 5)])
+@torch.no_grad()
+def test_a_sequence_that_cycles_stops_at_the_text_that_the_model_doubts_least(back, kept):
+    x = Ragged.pack([[1, 5, 2, EOS], [1, 4, 4, EOS], [1, EOS]])
+    first, room = torch.tensor([1, 1, 1]), torch.tensor([9, 9, 9])
+    out, used = medlm.refine(Swap(back), x, first, 16, TOKENS, room=room)
+    assert out.unpack() == [[1, kept, 2, EOS], [1, 3, 3, EOS], [1, EOS]]
+    assert used.tolist() == [2, 2, 1]
+
+
+@torch.no_grad()
+def test_no_response_outgrows_its_room_and_edits_never_write_special_tokens():
+    for seed in range(10):
+        model = Tiny(seed)
+        model.next_token_head.bias.data[[MASK, PAD, DELETE]] = 50
+        model.lm_head.bias.data[[MASK, PAD, EOS]] = 50
+        settings = {"init_num": 7, "mask_diffusion_step": 2, "edit_diffusion_step": 9}
+        steps = []
+        decoded = medlm.decode(
+            model, [[1], [2, 3]], TOKENS, on_step=lambda *step, to=steps: to.append(step), **settings
+        )
+        assert max(len(d.response) for d in decoded) <= 7
+        for _, x, op, sub, ins, label in steps:
+            assert x.max_seqlen <= 2 + 7 + 1
+            if label == "edit":
+                assert not set(ins.tolist()) & {MASK, PAD, DELETE, EOS}
+                assert not set(sub[op == SUB].tolist()) & {MASK, PAD, DELETE, EOS}
+
+
+@torch.no_grad()
+def test_limited_edits_are_the_surest_ones():
+    x = Ragged.pack([[1, 5, 4, 5, 4, EOS]])  # Swap is surer about 4 -> 3 than about 5 -> 6
+    one = torch.tensor([1])
+    (op, sub, ins), doubt = medlm.propose_edits(Swap(), x, one, one.bool(), TOKENS, one * 9, 2)
+    assert op.tolist() == [KEEP, KEEP, SUB, KEEP, SUB, KEEP]
+    assert sub[op == SUB].tolist() == [3, 3]
+    assert (ins == GAP).all()
+    assert doubt.item() == pytest.approx(2 * (9 - 2) + 2 * (5 - 2))
+
+
+def test_an_insertion_does_not_run_over_the_room_that_deletions_and_limits_leave():
+    case = {20: (1, [0, 0, 0, 0], [1, 1, 1, 1])}
+    decoded = medlm.decode(
+        Oracle(case), [[20]], TOKENS, init_num=4, mask_diffusion_step=1, edit_diffusion_step=9, max_edits=1
+    )
+    assert decoded[0].response == [1, 1, 1, 1]
+
+
+# ---------------------------------------------------------------------------------------------------- decoder
+
+
+@pytest.mark.parametrize("order", medlm.ORDERS)
+@pytest.mark.parametrize("max_edits", [None, 3])
+def test_a_prompt_decodes_alike_alone_and_in_a_batch(order, max_edits):
+    model = models.build("medlm", "tiny", V, seed=1)
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(0, 50, n).tolist() for n in (1, 7, 3, 12, 2)]
+    settings = {
+        "init_num": 13,
+        "mask_diffusion_step": 5,
+        "edit_diffusion_step": 6,
+        "order": order,
+        "max_edits": max_edits,
+    }
+    together = medlm.decode(model, prompts, TOKENS, seeds=range(5), **settings)
+    assert len({tuple(d.response) for d in together}) > 1
+    for i, prompt in enumerate(prompts):
+        assert medlm.decode(model, [prompt], TOKENS, seeds=[i], **settings) == [together[i]]
+
+
+def test_decoding_restores_the_mode_of_the_model_and_runs_without_dropout():
+    model = Tiny(dropout=0.5).train()
+    answers = [
+        medlm.decode(model, [[1, 2]], TOKENS, init_num=8, mask_diffusion_step=3, edit_diffusion_step=2)
+        for _ in range(4)
+    ]
+    assert model.training
+    assert all(a == answers[0] for a in answers)
+
+
+def test_decode_with_nothing_to_do():
+    assert medlm.decode(Tiny(), [], TOKENS) == []
+    model = Oracle({20: (1, [], [])})
+    decoded = medlm.decode(model, [[20]], TOKENS, init_num=0, mask_diffusion_step=4, edit_diffusion_step=3)
+    assert decoded == [medlm.Decoded([], [], 0, 1)]
+    decoded = medlm.decode(model, [[20]], TOKENS, init_num=2, mask_diffusion_step=4, edit_diffusion_step=0)
+    assert decoded == [medlm.Decoded([], [], 2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"order": "left"}, "order"),
+        ({"mask_diffusion_step": 0}, "mask_diffusion_step"),
+        ({"max_edits": 0}, "max_edits"),
+        ({"init_num": -1}, "init_num"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        medlm.decode(Tiny(), [[1]], TOKENS, **settings)
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        medlm.decode(Tiny(), [[1], []], TOKENS)
+
+
+def test_special_tokens_names_what_is_missing():
+    full = SimpleNamespace(mask_id=1, pad_id=2, del_id=3, eos_id=4, bos_id=None)
+    assert medlm.special_tokens(full) == {"mask": 1, "pad": 2, "del": 3, "eos": 4}
+    full.del_id = None
+    with pytest.raises(ValueError, match=r"no del token.*convert.py --to medlm"):
+        medlm.special_tokens(full)
+
+
+# ---------------------------------------------------------------------------------------------------- rollouts
+
+
+@given(st.floats(0, 1), st.integers(1, 40), st.integers(0, 1000))
+def test_plans_stay_within_their_limits_and_agree_for_the_same_generator(progress, max_steps, seed):
+    plan = medlm.plan_rollout(progress, [2, 4, 8], max_steps, seeded(seed))
+    assert plan == medlm.plan_rollout(progress, [2, 4, 8], max_steps, seeded(seed))
+    assert plan.tokens_per_pass in (2, 4, 8)
+    for mask_passes in range(max_steps + 1):
+        assert 0 <= plan.edit_passes(mask_passes) <= progress * (max_steps - mask_passes + 1)
+        assert mask_passes + plan.edit_passes(mask_passes) <= max_steps
+
+
+def test_edit_passes_grow_with_progress_and_are_uniform():
+    shared = seeded(0)
+    assert {medlm.plan_rollout(0.0, [2], 8, shared).edit_passes(2) for _ in range(50)} == {0}
+    counts = Counter(medlm.plan_rollout(1.0, [2], 8, shared).edit_passes(2) for _ in range(3500))
+    assert sorted(counts) == [0, 1, 2, 3, 4, 5, 6]
+    assert all(abs(n - 500) < 100 for n in counts.values())
+    with pytest.raises(ValueError, match="max_diffusion_steps"):
+        medlm.plan_rollout(0.5, [2, 0], 8, shared)
+
+
+def rollout_examples(seed):
+    draw = np.random.default_rng(seed)
+    lengths = [6, 0, 11, 1, 3]
+    return [
+        example([20 + i] + [8] * (i % 3), [*draw.integers(0, 4, n).tolist(), EOS] + [PAD] * (3 * (i % 2)))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def slow_edit_loss(model, rows, first, clean):
+    lm, following = [], []
+    for row, n, target in zip(rows, first, clean):
+        hidden = model(Ragged.pack([row]))
+        token, insert = edit_labels(row[n:-1], target, DELETE, EOS)
+        ce = [-model.lm_head(hidden[n + i]).log_softmax(-1)[label] for i, label in enumerate(token)]
+        lm += [sum(ce) / len(ce)] if ce else []
+        ce = [
+            -model.next_token_head(hidden[n - 1 + k]).log_softmax(-1)[label]
+            for k, label in enumerate(insert)
+            if label != -100
+        ]
+        following.append(sum(ce) / len(ce))
+    return sum(lm) / max(len(lm), 1), sum(following) / len(following)
+
+
+def test_rollouts_carry_the_labels_of_their_own_drafts_and_the_loss_equals_the_slow_version():
+    for seed in range(8):
+        model, examples = Tiny(seed), rollout_examples(seed)
+        plan = medlm.RolloutPlan(tokens_per_pass=2, max_passes=6, edit_share=0.7)
+        batch = medlm.rollout(model, examples, plan, TOKENS, min_t=0.1, max_t=0.9, generator=seeded(seed))
+        first = [len(e.prompt) for e in examples]
+        rows = batch.x.unpack()
+        clean = [e.response[: e.response.index(EOS)] for e in examples]
+        for row, e, target, d in zip(rows, examples, clean, batch.distance.tolist()):
+            assert row[: len(e.prompt)] == e.prompt
+            assert row[-1] == EOS
+            assert not set(row[len(e.prompt) : -1]) & set(TOKENS.values())
+            assert len(row) - 1 <= len(e.prompt) + len(e.response)
+            assert d == distance(row[len(e.prompt) : -1], target)
+        assert batch.mask_passes + batch.edit_passes <= 6
+        loss, metrics = medlm.rollout_loss(model, batch)
+        lm, following = slow_edit_loss(model, rows, first, clean)
+        assert torch.allclose(metrics["loss_edit_lm"], lm, rtol=1e-4)
+        assert torch.allclose(metrics["loss_edit_next"], following, rtol=1e-4)
+        assert torch.allclose(loss, lm + following, rtol=1e-4)
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_an_empty_rollout_trains_the_insertion_behind_the_prompt_and_nothing_else():
+    x, first = Ragged.pack([[8, 9, EOS], [8, EOS]]), torch.tensor([2, 1])
+    batch = medlm.label_drafts(x, first, [[3, 1], []], TOKENS)
+    assert len(batch.token_row) == 0
+    assert batch.insert_row.tolist() == [1, 3]
+    assert batch.insert_target.tolist() == [3, EOS]
+    model = Tiny()
+    loss, _ = medlm.rollout_loss(model, batch)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_rollout_is_deterministic_leaves_no_gradient_and_restores_the_mode():
+    model, plan = Tiny(dropout=0.3).train(), medlm.RolloutPlan(4, 8, 0.9)
+    a, b = (
+        medlm.rollout(model, rollout_examples(0), plan, TOKENS, min_t=0.0, max_t=1.0, generator=seeded(2))
+        for _ in range(2)
+    )
+    assert a.x.unpack() == b.x.unpack()
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_filling_takes_as_many_passes_as_planned_and_never_more_than_the_limit():
+    answers = [example([20], [1] * 30 + [EOS])]
+    for per_pass, limit, most in [(2, 32, 16), (16, 32, 2), (2, 4, 4)]:
+        model = Oracle({20: (1, [1] * 30 + [EOS], [1] * 30)})
+        batch = medlm.rollout(
+            model, answers, medlm.RolloutPlan(per_pass, limit, 0.0), TOKENS, min_t=0.99, max_t=1.0, generator=seeded(0)
+        )
+        assert batch.mask_passes == model.forwards
+        assert most - 1 <= batch.mask_passes <= most
+
+
+@pytest.mark.parametrize(
+    ("response", "name"),
+    [([1, EOS, 2], "eos"), ([1, PAD, 2, EOS], "pad"), ([DELETE, EOS], "del"), ([1, MASK], "mask"), ([1, PAD], "pad")],
+)
+def test_responses_that_cannot_be_labelled_are_refused(response, name):
+    with pytest.raises(ValueError, match=f"holds the {name} token"):
+        medlm.response_text(response, TOKENS)
+
+
+def test_response_text_ends_before_eos_and_pads():
+    assert medlm.response_text([1, 2, EOS, PAD, PAD], TOKENS) == [1, 2]
+    assert medlm.response_text([1, 2], TOKENS) == [1, 2]
+    assert medlm.response_text([EOS], TOKENS) == medlm.response_text([], TOKENS) == []
+
+
+def uneven_case(rank):
+    """Rank 0's one draft is right at once; rank 1 has many masks and a long way to go."""
+    if rank == 0:
+        return [example([20], [1, EOS])], Oracle({20: (1, [1, EOS], [1])})
+    target = [0, 1, 2, 3] * 5
+    return [example([21], [*target, EOS])], Oracle({21: (1, [3] * 20 + [EOS], target)})
+
+
+def uneven_rollout(rank, directory=None):
+    """One rank's rollout; with a directory, as one of two gloo processes, its counts written there."""
+    if directory:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
+    examples, model = uneven_case(rank)
+    plan = medlm.plan_rollout(1.0, [2, 4], 32, seeded(4))
+    batch = medlm.rollout(model, examples, plan, TOKENS, min_t=0.9, max_t=1.0, generator=seeded(rank))
+    counts = [model.forwards, batch.mask_passes, batch.edit_passes]
+    if directory:
+        torch.save(torch.tensor([*counts, batch.distance.sum()]), f"{directory}/{rank}")
+        torch.distributed.destroy_process_group()
+    return counts
+
+
+@pytest.mark.slow
+def test_ranks_make_equally_many_forward_passes_when_one_finishes_early(tmp_path):
+    assert uneven_rollout(0)[0] < uneven_rollout(1)[0]  # alone, they would not
+    mp.spawn(uneven_rollout, args=(str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / str(rank)).tolist() for rank in range(2)]
+    assert ranks[0][0] == ranks[1][0]
+    assert ranks[0][1] == ranks[1][1]
+    assert ranks[0][3] == ranks[1][3] == 0  # the oracle's edits have reached both targets
