@@ -161,7 +161,14 @@ def _read_json(path: Path):
 def _read_csv(path: Path):
     """The first line names the fields."""
     csv.field_size_limit(2**31 - 1)  # the default refuses documents of more than 128 kB
-    reader = csv.DictReader(_whole_lines(path), strict=True)
+    number = 0  # the reader's own line_num lags behind when it fails
+
+    def lines():
+        nonlocal number
+        for number, line in enumerate(_whole_lines(path), 1):  # noqa: B007
+            yield line
+
+    reader = csv.DictReader(lines(), strict=True)
     while True:
         try:
             record = next(reader)
@@ -171,7 +178,7 @@ def _read_csv(path: Path):
             return
         except csv.Error as error:
             record = ValueError(f"not CSV ({error})")
-        yield f"{path}:{reader.line_num}", record
+        yield f"{path}:{number}", record
 
 
 def _read_parquet(path: Path):
@@ -387,6 +394,8 @@ def load_records(
 def _load_files(source: Source, seed: int, report: SourceReport, text_field, skip: bool) -> tuple[list, list]:
     """The two parts of a source: of records, or of the lines of a text."""
     files = data_files(source.name)
+    if len({_format(file) == ".txt" for file in files}) == 2:
+        raise ValueError(f"{source.name}: holds .txt files beside files of records; name them as two sources, a + b")
     held_out = [file for file in files if _is_held_out(file)]
     if len(held_out) == len(files):
         held_out = []
@@ -407,8 +416,6 @@ def _read_records(files: list[Path], report: SourceReport, text_field: str | Non
                 if isinstance(record, ValueError):
                     raise record
                 form = "corpus" if _format(file) == ".txt" else report.form or detect_form(record, text_field)
-                if (report.form or form) != form:
-                    raise ValueError("plain text beside files of records; name them as two sources, a + b")
                 normal = record if form == "corpus" else normalise(record, form, text_field)
             except ValueError as error:
                 if not skip:
