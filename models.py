@@ -64,25 +64,27 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, L: int, window: int | None) -> Tensor:
+    T, H, hd = q.shape
+    B, KV = len(cu_seqlens) - 1, k.shape[1]
+    lengths = cu_seqlens.diff().long()
+    shift = torch.arange(B, device=q.device) * L - cu_seqlens[:-1]
+    slot = torch.arange(T, device=q.device) + shift.repeat_interleave(lengths, output_size=T)  # [T] into [B * L]
+    padded = q.new_zeros(B * L, H + 2 * KV, hd).index_copy(0, slot, torch.cat([q, k, v], dim=1))
+    q, k, v = padded.view(B, L, -1, hd).transpose(1, 2).split([H, KV, KV], dim=1)  # [B, H or KV, L, hd]
+    if KV < H:
+        k, v = k.repeat_interleave(H // KV, dim=1), v.repeat_interleave(H // KV, dim=1)
     column = torch.arange(L, device=q.device)
-    valid = column < cu_seqlens.diff()[:, None]  # [B, L]
-
-    def pad(z: Tensor) -> Tensor:  # [T, h, hd] -> [B, H, L, hd]
-        out = z.new_zeros(*valid.shape, *z.shape[1:])
-        out[valid] = z
-        return out.transpose(1, 2).repeat_interleave(q.shape[1] // z.shape[1], dim=1)
-
-    scores = pad(q) @ pad(k).transpose(2, 3) * q.shape[-1] ** -0.5  # [B, H, L, L]
-    visible = valid[:, None, None]
+    hidden = (column >= lengths[:, None])[:, None, None]  # [B, 1, 1, L]
     if window is not None:
-        visible = visible & ((column[:, None] - column).abs() <= window)
-    # a finite floor: a padding row sees nothing at all, and softmax over -inf alone is NaN
-    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
-    return (weights @ pad(v)).transpose(1, 2)[valid]
+        hidden = hidden | ((column[:, None] - column).abs() > window)
+    scores = (q @ k.transpose(2, 3)) * hd**-0.5  # [B, H, L, L]
+    # a finite floor: a padding row may see nothing at all, and softmax over -inf alone is NaN
+    weights = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1).to(v.dtype)
+    return (weights @ v).transpose(1, 2).reshape(B * L, H, hd).index_select(0, slot)
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding (RoPE, Su et al. 2021): cos and sin, each float32 [T, 1, head_dim].
+    """Rotary position embedding (RoPE, Su et al. 2021): cos and sin, each float32 [T, 1, head_dim / 2].
 
     scaling: a config's `rope_scaling`; types default, linear and llama3. Raises ValueError for others.
     """
@@ -97,15 +99,14 @@ def rotary(positions: Tensor, head_dim: int, theta: float, scaling: dict | None 
         inv_freq = inv_freq * (keep + (1 - keep) / scaling["factor"])
     elif kind != "default":
         raise ValueError(f"config.json: rope_scaling type {kind!r} is not supported (default, linear, llama3 are)")
-    angles = positions[:, None].float() * inv_freq  # [T, hd / 2]
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    angles = positions[:, None, None].float() * inv_freq  # [T, 1, hd / 2]
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE to x [T, H, hd]; the pairs are (i, i + hd / 2), as in all checkpoints we read."""
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+    """Apply RoPE to x [T, H, hd]; the pairs are (i, i + hd / 2), as in all checkpoints we read. Computed in float32."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- decoder family

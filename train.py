@@ -487,7 +487,7 @@ def train(args, ranks: Ranks) -> None:
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.bf16)
     stream = dataset.stream(step * group)
     stop = StopSignal()
-    with tqdm(total=steps, initial=step, disable=not ranks.is_main, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=steps, initial=step, disable=not ranks.is_main, unit="step", mininterval=0.2 if sys.stderr.isatty() else 20) as bar:
         while step < steps:
             for g in optimizer.param_groups:
                 g["lr"] = learning_rate(step, steps, args)
