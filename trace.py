@@ -95,14 +95,14 @@ def write_gif(trace: Trace, path, title: str | None = None, width: int = 680, ma
 
     body = max(sum(panel.height() for panel in scene) for scene in scenes)
     size = (width * U, HEADER + body + FOOTER)
-    phases = sum(step.label == "mask" for step in trace.steps) / len(trace.steps)
+    phases = sum(step.label == "mask" for step in trace.steps) / max(1, len(trace.steps))
     title = title or _method(trace)
     images = (
         _draw_frame(size, title, phases, frame, scene).quantize(palette=_palette(), dither=Image.Dither.NONE)
         for frame, scene in zip([*shown, closing], scenes, strict=True)
     )
     each = int(max(80, min(600, 12000 / len(scenes)))) // 10 * 10
-    durations = [max(each, 700), *[each] * (len(scenes) - 2), 3000]
+    durations = [max(each, 700), *[each] * (len(scenes) - 2), 3000][-len(scenes) :]
     next(images).save(path, format="GIF", save_all=True, append_images=images, duration=durations, loop=0, disposal=1)
 
 

@@ -271,6 +271,8 @@ def test_a_gif_has_a_frame_per_change_and_holds_the_last_one(tmp_path):
     assert len(shown) == 5  # the start, three changes, and the end without marks
     assert shown[-1][0] == 3000
     assert all(grey.shape == size[::-1] for _, grey in shown)
+    tr.write_gif(tr.Trace(1, pieces).finish([0, 3]), tmp_path / "none.gif")
+    assert len(gif_frames(tmp_path / "none.gif")[1]) == 1
     tr.write_gif(two_phases(), tmp_path / "b.gif")
     assert len(gif_frames(tmp_path / "b.gif")[1]) == 6  # five states, then draft and repaired text
 
