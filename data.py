@@ -274,11 +274,18 @@ def detect_form(record, text_field: str | None = None) -> str:
 
 def normalise(record, form: str, text_field: str | None = None) -> dict:
     """A record of any form in one of the normal forms (see the top). Raises ValueError: a field is missing, of the
-    wrong type, or empty. A `draft` (or `source`) field beside the others is the text that is to be edited."""
+    wrong type, or empty.
+
+    A `draft` beside the other fields is the text to be edited. So is a `source`, if it is text; but not beside a
+    {"text"}, where corpora use that name for where a document comes from.
+    """
     if not isinstance(record, dict):
         raise ValueError(f"a record must be an object with fields, found a {type(record).__name__}")
-    draft = "draft" if record.get("draft") is not None else "source"
-    draft = _text(record, draft, empty=True) if isinstance(record.get(draft), str) or draft == "draft" else None
+    draft = None
+    if record.get("draft") is not None:
+        draft = _text(record, "draft", empty=True)
+    elif form != "text" and isinstance(record.get("source"), str):
+        draft = _text(record, "source", empty=True)
     if form == "text":
         text = _text(record, text_field or "text")
         return {"text": text} if draft is None else {"messages": [], "response": text, "draft": draft}

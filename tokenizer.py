@@ -220,7 +220,7 @@ class SentencePiece:
         return "".join([*parts, self.model.decode(run)])
 
     def token_to_id(self, token: str) -> int | None:
-        return self.get_vocab().get(token)
+        return self.added.get(token, self._model_vocab.get(token))
 
     def get_vocab(self, with_added_tokens=True) -> dict[str, int]:
         return {**self._model_vocab, **self.added}
