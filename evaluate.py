@@ -38,6 +38,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -282,7 +283,7 @@ class Answer:
     edit_passes: int = 0
 
 
-def medlm_generator(model, tokenizer, args) -> Callable[[list[Sample], int], list[Answer]]:
+def medlm_generator(model, tokenizer, args) -> Callable[..., list[Answer]]:
     """Draft, then edit; see medlm.decode."""
     tokens = medlm.special_tokens(tokenizer)
 
@@ -303,7 +304,7 @@ def medlm_generator(model, tokenizer, args) -> Callable[[list[Sample], int], lis
     return generate
 
 
-def editflow_generator(model, tokenizer, args) -> Callable[[list[Sample], int], list[Answer]]:
+def editflow_generator(model, tokenizer, args) -> Callable[..., list[Answer]]:
     """The chain from the checkpoint's own x0, one model pass per step; see editflow.sample. init_num plays no part."""
     source = editflow.source(model.config.nanoedit.get("x0_sampler", "empty"))
     if source.kind == "uniform":
@@ -369,18 +370,16 @@ def judged(row: dict, task: Task, record: dict, may_run: bool) -> dict:
 def answer_samples(
     name: str,
     samples: list[Sample],
-    generate: Callable[[list[Sample], int], list[Answer]],
+    generate: Callable[[list[Sample]], list[Answer]],
     out: Path,
+    *,
     rank: int = 0,
     world: int = 1,
     batch_size: int = 8,
-    init_num: int | None = None,
     may_run: bool = False,
 ) -> None:
-    """This rank's share of a task: answers what has no row yet, judges, appends a row per sample.
-
-    A row that lacks its verdicts because programs could not run before is judged when they may.
-    """
+    """This rank's share of a task: answers what has no row yet, judges, appends a row per sample. Rows that have no
+    verdict, because programs could not run before, are judged when they may."""
     task, mine = TASKS[name], samples[rank::world]
     rows, verdict = all_rows(name, out), next(iter(task.checks))
     unjudged = [s for s in mine if s.key in rows and rows[s.key][verdict] is None and may_run]
@@ -400,9 +399,9 @@ def answer_samples(
             finish(sample, rows[sample.key])
         for start in range(0, len(pending), batch_size):
             batch, started = pending[start : start + batch_size], time.perf_counter()
-            answers = generate(batch, init_num or task.init_num)
+            answers = generate(batch)
             seconds = (time.perf_counter() - started) / len(batch)
-            for sample, answer in zip(batch, answers):
+            for sample, answer in zip(batch, answers, strict=True):
                 prompt = sample.messages[-1]["content"]
                 row = {"key": sample.key, "task": name, "id": sample.id, "prompt": prompt}
                 finish(sample, row | vars(answer) | {"seconds": seconds})
@@ -419,8 +418,8 @@ def merge(name: str, samples: list[Sample], out: Path) -> list[dict]:
     write_lines(out / f"{name}.jsonl", rows)
     if program := TASKS[name].program:
         for who, part in (("response", ""), ("draft", "_draft")):
-            solved = [(sample, row) for sample, row in zip(samples, rows) if row[who] is not None]
-            lines = [{"task_id": s.id, "solution": program(s.record, row[who])} for s, row in solved]
+            solved = [(sample, row[who]) for sample, row in zip(samples, rows) if row[who] is not None]
+            lines = [{"task_id": sample.id, "solution": program(sample.record, text)} for sample, text in solved]
             write_lines(out / f"evalplus_{name}{part}.jsonl", lines)
     return rows
 
@@ -493,6 +492,13 @@ def installed(package: str) -> str | None:
 # ------------------------------------------------------------------------------------------------------- the script
 
 
+# The flags that an answer depends on, beside --init_num, which has a default per task.
+DECODING = {
+    "medlm": ("mask_diffusion_step", "edit_diffusion_step", "order", "bf16"),
+    "editflow": ("tau", "temperature", "bf16"),
+}
+
+
 def parse_args(argv=None):
     f = cli.Flags("Evaluate an ME-DLM or Edit Flows checkpoint; answers, verdicts and a summary go to --output_dir.")
     n, at_least_1 = cli.number, cli.number(int, low=1)
@@ -556,7 +562,7 @@ def wait_for_all(world: int) -> None:
         dist.destroy_process_group()
 
 
-def load(args, checkpoint: Path) -> tuple[Callable[[list[Sample], int], list[Answer]], str]:
+def load(args, checkpoint: Path) -> tuple[Callable[..., list[Answer]], str]:
     """(generate, method) of a checkpoint."""
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model = models.load(str(checkpoint), device=device, dtype=torch.bfloat16 if args.bf16 else torch.float32).eval()
@@ -572,17 +578,16 @@ def main(argv=None) -> None:
     samples = {n: load_samples(n, path, args.limit, args.seed, args.system_prompt) for n, path in where.items()}
     out = open_folder(args.output_dir)
     checkpoint = models.local_path(args.path)
-    decoding = ("mask_diffusion_step", "edit_diffusion_step", "init_num", "order", "tau", "temperature", "bf16")
-    settings = {name: getattr(args, name) for name in decoding}
     generate, method = load(args, checkpoint)
+    settings = {"method": method} | {flag: getattr(args, flag) for flag in DECODING[method]}
     for name in samples:
-        set_keys(samples[name], settings | {"checkpoint": fingerprint(checkpoint)})
-        answer_samples(
-            name, samples[name], generate, out, rank, world, args.batch_size, args.init_num, args.allow_code_execution
-        )
+        init_num = args.init_num or TASKS[name].init_num
+        set_keys(samples[name], settings | {"init_num": init_num, "checkpoint": fingerprint(checkpoint)})
+        options = {"rank": rank, "world": world, "batch_size": args.batch_size, "may_run": args.allow_code_execution}
+        answer_samples(name, samples[name], partial(generate, init_num=init_num), out, **options)
     wait_for_all(world)
     if rank == 0:
-        report(args, samples, where, settings | {"method": method}, out)
+        report(args, samples, where, settings, out)
 
 
 def report(args, samples: dict[str, list[Sample]], where: dict, settings: dict, out: Path) -> None:
@@ -597,8 +602,10 @@ def report(args, samples: dict[str, list[Sample]], where: dict, settings: dict, 
         if task.program and not args.allow_code_execution:
             notes.append(f"{name}: programs were written to {out} and not run; --allow_code_execution runs them")
         elif task.program and args.limit is None and installed("evalplus"):
-            summary["evalplus"] = evalplus(name, out / f"evalplus_{name}.jsonl")
-            notes.append(f"{name}: evalplus pass@1 {summary['evalplus']}")
+            parts = {"": "edited", "_draft": "draft"} if settings["method"] == "medlm" else {"": "response"}
+            for part, what in parts.items():
+                summary["evalplus" + part] = evalplus(name, out / f"evalplus_{name}{part}.jsonl")
+                notes.append(f"{name}, {what}: evalplus pass@1 {summary['evalplus' + part]}")
         summaries[name] = summary
     text = json.dumps({"path": args.path, "settings": settings, "tasks": summaries}, indent=2)
     (out / "summary.json").write_text(text + "\n")

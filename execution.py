@@ -12,8 +12,9 @@ executes anything it was given.
 **The first line is the kernel's**, and needs no privileges.
 
 * Limits on CPU seconds, address space, the size of a file, open files and core dumps, and *no* new processes or
-  threads. The last one does not bind root, so a root process first becomes `nobody`, and keeps one capability: to read
-  (the interpreter may well live under /root).
+  threads. The last one does not bind root, so a root process first becomes `nobody`. Where `nobody` cannot read the
+  interpreter's library (it may well live under /root) it keeps one capability, to read, or at worst to pass by file
+  permissions, as in a container that does not grant the first.
 * Landlock (Linux 5.13 and later): writing, creating, renaming, truncating and removing only inside the program's own
   directory; executing nothing. From Linux 6.7 on no TCP either, from 6.12 on no signal to a process outside.
 * When the program ends, or its time does, its whole process group is killed (SIGKILL cannot be ignored).
@@ -24,7 +25,8 @@ kernel without Landlock it is all that guards your files (`run` then warns once)
 
 **Not covered**
 
-* Reading. The program can read whatever the user who runs the evaluation can read (as root: everything).
+* Reading. The program can read what the user who runs the evaluation can read. When that is root, it is what `nobody`
+  can read, or everything if the capability was needed.
 * A program that means to cheat. It shares an interpreter with its tests: it can find the token in the frames above it,
   or return an object that is equal to everything.
 * UDP and Unix sockets, chmod and chown of your own files. Only the second line stands before them, and native code (a
@@ -37,6 +39,7 @@ import json
 import os
 import secrets
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -75,10 +78,11 @@ def run(program: str, tests: str, timeout: float = TIMEOUT, memory: int = MEMORY
     if sys.platform != "linux":
         raise OSError(f"generated programs run on Linux only (their limits are the kernel's), not on {sys.platform}")
     token, started = secrets.token_hex(16), time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="nanoedit-", ignore_cleanup_errors=True) as home:
-        report_in, report_out = os.pipe()
-        task = {"token": token, "program": program, "tests": tests, "report": report_out}
-        task |= {"memory": memory, "cpu": int(timeout) + 1}
+    home = tempfile.mkdtemp(prefix="nanoedit-")
+    report_in, report_out = os.pipe()
+    task = {"token": token, "program": program, "tests": tests, "report": report_out}
+    task |= {"memory": memory, "cpu": int(timeout) + 1}
+    try:
         with os.fdopen(report_in, "rb", buffering=0) as report:
             child = _start(home, report_out)
             try:
@@ -88,8 +92,19 @@ def run(program: str, tests: str, timeout: float = TIMEOUT, memory: int = MEMORY
             finally:
                 os.killpg(child.pid, signal.SIGKILL)  # not yet reaped, so the number is still this group's
                 child.wait()
+    finally:
+        _remove(home)
     reason = _reason(line, token, timeout)
     return Result(reason == "passed", reason, time.monotonic() - started)
+
+
+def _remove(folder: str) -> None:
+    """Also when the program has taken permissions away, or nested folders deeper than Python's recursion."""
+    try:
+        shutil.rmtree(folder)
+    except (OSError, RecursionError):
+        for command in (["chmod", "-R", "u+rwx", folder], ["rm", "-rf", folder]):
+            subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
 
 
 def _start(home: str, report_out: int) -> subprocess.Popen:
@@ -196,24 +211,43 @@ def _confine(memory: int, cpu_seconds: int) -> int:
         return answer
 
     if os.geteuid() == 0:
-        _become_nobody(call)
+        with suppress(OSError):  # a container may forbid it
+            _become_nobody(call)
     call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: a set-uid program would gain nothing; Landlock asks for it
     version = _landlock(call, os.getcwd())
     _limit_resources(memory, cpu_seconds)
+    if os.geteuid() == 0 and _can_fork():
+        raise OSError("root may not become nobody here, and no limit binds it; evaluate as another user")
     return version
 
 
 def _become_nobody(call) -> None:
-    """From root to uid 65534, keeping CAP_DAC_READ_SEARCH: the interpreter's library must stay readable."""
-    nobody, read_anything = 65534, 1 << 2
+    """From root to uid 65534, with no capability but the least that keeps the interpreter's library readable."""
+    nobody, read_search, override = 65534, 1 << 2, 1 << 1  # CAP_DAC_READ_SEARCH, CAP_DAC_OVERRIDE
+    with open("/proc/self/status") as status:
+        permitted = int(next(line.split()[1] for line in status if line.startswith("CapPrm:")), 16)
     os.chown(".", nobody, nobody)
     call("prctl", 8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS: do not lose them all with the uid
     os.setgroups([])
     os.setresgid(nobody, nobody, nobody)
     os.setresuid(nobody, nobody, nobody)
+    readable = os.access(os.__file__, os.R_OK) and os.access(sys.prefix, os.X_OK)
+    kept = 0 if readable else permitted & read_search or permitted & override
+    if not (readable or kept):
+        raise ValueError(f"nobody cannot read {os.path.dirname(os.__file__)}; evaluate as a user other than root")
     header = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
-    kept = struct.pack("=6I", read_anything, read_anything, 0, 0, 0, 0)  # effective, permitted, inheritable; two words
-    call("capset", header, kept)
+    call("capset", header, struct.pack("=6I", kept, kept, 0, 0, 0, 0))  # effective, permitted, inheritable; two words
+
+
+def _can_fork() -> bool:
+    try:
+        child = os.fork()
+    except OSError:
+        return False
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return True
 
 
 def _landlock(call, home: str) -> int:

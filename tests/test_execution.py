@@ -27,7 +27,7 @@ PROBLEMS = [
         "test": "def check(f):\n    assert f('') == 0\n    assert f('AbcdE') == 2\n\ncheck(vowels)\n",
     },
     {
-        "prompt": "from dataclasses import dataclass\n\n\n@dataclass\nclass P:\n    x: 'int'\n\n\ndef total(ps):\n    'Sum.'\n",
+        "prompt": "import dataclasses\n@dataclasses.dataclass\nclass P:\n    x: 'int'\n\ndef total(ps):\n    'Sum.'\n",
         "solution": "    return sum(p.x for p in ps)\n",
         "wrong": "    return sum(ps)\n",
         "test": "def check(f):\n    assert f([P(1), P(2)]) == 3\n\ncheck(total)\n",
@@ -184,6 +184,8 @@ open(os.devnull, "w").write("z")
 """
     assert reason(program) == "passed"
     assert reason(program + "while True: pass", timeout=0.5).startswith("timed out")
+    assert reason("import os\nfor i in range(1100):\n    os.mkdir('d')\n    os.chdir('d')", timeout=20) == "passed"
+    assert reason("import os\nos.mkdir('d')\nopen('d/f', 'w')\nos.chmod('d', 0)\nos.chmod('.', 0)") == "passed"
     assert list(tmp_path.iterdir()) == []
 
 
