@@ -1,214 +1,299 @@
-/* Minimum edit scripts between int32 token sequences, 64 cells of the table per machine operation.
+/* Canonical minimum edit scripts between int32 token sequences (edit_distance.py says what they are for).
 
-   The table.  D[i][j] is the distance between the suffixes noisy[i:] and clean[j:], so D[0][0] is the answer:
+   The table.  D[i][j] is the distance between the suffixes noisy[i:] and clean[j:], so the answer is D[0][0]:
 
-       D[i][j] = D[i+1][j+1]                                                  if noisy[i] == clean[j]
-       D[i][j] = 1 + min(D[i+1][j+1], D[i+1][j], D[i][j+1])                   otherwise     (SUB, DEL, INS)
+       D[i][j] = D[i+1][j+1]                                           if noisy[i] == clean[j]                 (KEEP)
+       D[i][j] = 1 + min(D[i+1][j+1], D[i+1][j], D[i][j+1])            otherwise                     (SUB, DEL, INS)
 
-   The canonical script is read from the left: at (0, 0), then wherever the last operation led, take the first of KEEP,
-   SUB, DEL, INS that lies on an optimal path. That needs suffix distances, which is why the table is filled from its
-   far corner: everything below runs on the reversed sequences.
+   The canonical script starts at (0, 0) and takes, wherever it stands, the first of KEEP, SUB, DEL, INS that lies on an
+   optimal path. Hence distances of *suffixes*: the table is filled from its far corner, on the reversed sequences, and
+   traced from the near one. Equal tokens in front are kept whatever follows, so a common prefix never enters the table.
+   A common suffix has to: `a` -> `a a` keeps the first a.
 
-   The bits.  Neighbouring cells differ by -1, 0 or +1, and a diagonal step adds 0 or 1 (Ukkonen 1985), so a column of
-   the table is two bit vectors, and Myers (1999), here in the form of Hyyro (2003), computes 64 rows of the next column
-   in about fifteen word operations. Call the longer sequence the pattern (rows r) and the shorter the text (columns c):
+   Only two facts about the table are ever asked: does the diagonal step into a cell cost nothing, and does deletion lie
+   on an optimal path. Both come from D without storing D, in one of two ways.
 
-       vp, vn   row r is one more, one less than row r - 1                    (vertical differences of a column)
-       hp, hn   this column is one more, one less than the column before      (horizontal differences)
-       d0       the diagonal step into this cell adds 0
+   Close pairs: diagonals (Ukkonen 1985).  Along a diagonal k = i - j, D never grows towards the end. So
+   reach[d][k], the smallest i on diagonal k with D <= d, says everything, at a few operations per (d, k) and one
+   comparison per token. A pair is seen not to be close when the first edits cover few tokens; little is lost then.
+
+   All others: bits (Myers 1999, in the form of Hyyro 2003).  Neighbouring cells differ by -1, 0 or +1, a diagonal step
+   costs 0 or 1, so a column of the table is a few bit vectors, and some fifteen operations on 64-bit words make 64 rows
+   of the next column. Call one sequence the pattern (rows r) and the other the text (columns c), both reversed:
+
+       vp, vn   this row is one more, one less than the row before          (vertical differences)
+       hp, hn   this column is one more, one less than the column before    (horizontal differences)
+       d0       the diagonal step into this cell costs nothing
        eq       the pattern token of this row equals the text token of this column
 
-   Taller patterns are cut into words of 64 rows; the horizontal difference at a word's last row is the carry into the
-   word above. Two bits per cell are kept, and they decide the whole script: d0, and whether deleting is optimal (the
-   vertical +1 if the pattern is the noisy sequence, else the horizontal +1).
+   Two bits per cell are kept: d0, and "deleting is optimal", which is vp where the pattern is the noisy sequence and hp
+   where it is the clean one.
 
-   The wavefront.  Word w of column c needs word w of column c - 1 and the carry of word w - 1 of column c. So LANES
-   words run side by side in one vector, each a column behind the one below it: lane l is at column t - l in step t.
-   Patterns of more than 64 * LANES rows take several such strips, one after the other.
-
-   What is kept of a strip is bits[step][plane][lane], plane 0 for d0 and 1 for "deleting is optimal".             */
+   The wavefront.  A pattern has many words of 64 rows. Word w needs, from the word below it, the horizontal difference
+   of that word's last row in the same column. So LANES words run side by side in one vector, each a column behind the
+   one below: in step t, lane l is at column t - l. Longer patterns take several such strips, one after the other.  */
 
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { KEEP, SUB, DEL, INS };
-enum { LANES = 8, ROWS = 64 * LANES }; /* words in a vector, table rows in a strip */
+enum { LANES = 8, STRIP = 64 * LANES }; /* words of a vector, table rows of a strip */
 
 typedef uint64_t vector __attribute__((vector_size(8 * LANES)));
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(NO_CLONES)
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(ONE_CPU)
 #define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"))) /* chosen when loaded */
 #else
 #define FOR_EACH_CPU
 #endif
+
 #ifdef __clang__
-#define LANES_UP(v) __builtin_shufflevector(v, (vector){0}, 8, 0, 1, 2, 3, 4, 5, 6)
+#define LANES_UP(v, lowest) __builtin_shufflevector(v, (vector){lowest}, 8, 0, 1, 2, 3, 4, 5, 6)
 #else
-#define LANES_UP(v) __builtin_shuffle(v, (vector){0}, (vector){8, 0, 1, 2, 3, 4, 5, 6})
+#define LANES_UP(v, lowest) __builtin_shuffle(v, (vector){lowest}, (vector){8, 0, 1, 2, 3, 4, 5, 6})
 #endif
 
-/* Everything a pair of sequences needs, kept from pair to pair. */
-typedef struct {
+typedef struct { /* one pair at work, after its common prefix; the memory is kept from pair to pair */
+    const int32_t *noisy, *clean;
+    int64_t n, m;
     char *memory;
     size_t capacity;
-    vector *bits;            /* [strips][steps][2] */
-    vector *eq;              /* [steps]: lane l of step t belongs to column t - l */
-    vector *rows_of;         /* [distinct text tokens + 1]: where each of them stands in the strip's pattern */
-    uint64_t *carry_p;       /* [text]: horizontal difference below the strip, +1 ... */
-    uint64_t *carry_n;       /* [text]: ... or -1 */
-    uint32_t *text_id;       /* [text], reversed: 1, 2, ... in order of appearance */
-    uint32_t *pattern_id;    /* [pattern], reversed: 0 for a token that the text does not have */
-    uint64_t *slots;         /* hash table of the text's distinct tokens: token << 32 | id */
-    int slot_bits;
-} workspace;
 
-static char *carve(char **memory, size_t count, size_t size)
+    int64_t *reach; /* close pairs: [d][k], see level() */
+
+    const int32_t *pattern, *text;
+    int64_t rows, columns, steps;
+    vector *bits;       /* [strips][steps][2]: d0, "deleting is optimal" */
+    vector *rows_of;    /* [1 + distinct text tokens]: the rows of the strip in which a token stands; [0] is empty */
+    uint32_t *text_id;  /* [steps]: the text, reversed, as 1, 2, ... in order of appearance, then 0 */
+    uint64_t *carry[2]; /* [steps]: hp and hn of the word below the strip; their highest bit counts */
+    uint64_t *slots;    /* hash table of the distinct text tokens: token << 32 | id */
+    int slot_bits;
+} pair;
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* What filling the table by bits costs. */
+static int64_t vector_steps(int64_t rows, int64_t columns)
+{
+    return (rows + STRIP - 1) / STRIP * (columns + LANES - 1);
+}
+
+/* Makes room; what the memory held is lost. */
+static int reserve(pair *p, size_t bytes)
+{
+    if (bytes <= p->capacity) return 0;
+    free(p->memory);
+    p->memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    p->capacity = p->memory ? bytes : 0;
+    return p->memory ? 0 : -1;
+}
+
+/* ---- Close pairs ---- */
+
+/* reach[d], to be indexed by the diagonal k, which lies within d of the diagonal n - m of the table's far corner. Two
+   more entries on either side stay out of reach: level d + 1 goes one diagonal further, and asks that one's neighbour. */
+static int64_t *level(const pair *p, int64_t d) { return p->reach + d * (d + 4) + d + 2 - (p->n - p->m); }
+
+/* Fills reach[0 .. distance] and returns the distance, -1 if that would take longer than the bits, -2 out of memory. */
+static int64_t fill_diagonals(pair *p)
+{
+    const int64_t n = p->n, m = p->m, corner = n - m;
+    const double budget = 4.0 * least(n, m) + vector_steps(n, m) / 2; /* entries that cost as much as the bits would */
+    if ((double)corner * corner > budget) return -1;
+    if (reserve(p, (3 * budget + 32) * sizeof(int64_t))) return -2;
+    p->reach = (int64_t *)p->memory;
+    for (int64_t d = 0; d <= least(n, m); d++) {
+        int64_t *now = level(p, d), furthest = n;
+        now[corner - d - 2] = now[corner - d - 1] = now[corner + d + 1] = now[corner + d + 2] = INT64_MAX;
+        for (int64_t k = corner - d; k <= corner + d; k++) {
+            int64_t i = n;
+            if (d > 0) {
+                const int64_t *before = level(p, d - 1) + k;
+                i = least(before[-1], least(before[0], before[1]) - 1); /* INS, SUB, DEL */
+                if (i < 0) i = 0;
+                if (i < k) i = k;
+            }
+            while (i > 0 && i > k && p->noisy[i - 1] == p->clean[i - 1 - k]) i--;
+            now[k] = i;
+            furthest = least(furthest, i);
+        }
+        if (-d <= corner && corner <= d && now[0] == 0) return d;
+        double expected = d * ((double)n / (n - furthest)); /* edits, if the rest is like what has been seen */
+        if (d >= 2 && expected * expected > budget) return -1;
+    }
+    return -1;
+}
+
+static int edit_from_diagonals(const pair *p, int64_t i, int64_t j, int64_t d)
+{
+    const int64_t *one_edit_less = level(p, d - 1) + i - j;
+    return one_edit_less[0] <= i + 1 ? SUB : one_edit_less[1] <= i + 1 ? DEL : INS;
+}
+
+/* ---- All others ---- */
+
+static void *carve(char **memory, size_t bytes)
 {
     char *part = *memory;
-    *memory += (count * size + 63) / 64 * 64;
+    *memory += (bytes + 63) / 64 * 64;
     return part;
 }
 
-/* Divides the memory between the arrays, growing it when they need more. Returns -1 when there is no more. */
-static int reserve(workspace *w, size_t pattern, size_t text)
+/* Which sequence is the pattern, and room for the arrays. Returns -1 when there is none. */
+static int set_up(pair *p)
 {
-    size_t strips = (pattern + ROWS - 1) / ROWS, steps = text + LANES - 1;
-    for (w->slot_bits = 4; (size_t)1 << w->slot_bits < 2 * text; w->slot_bits++);
-    for (int pass = 0;; pass++) {
-        char *end = w->memory;
-        w->rows_of = (vector *)carve(&end, text + 1, sizeof(vector));
-        w->eq = (vector *)carve(&end, steps, sizeof(vector));
-        w->carry_p = (uint64_t *)carve(&end, steps, 8);
-        w->carry_n = (uint64_t *)carve(&end, steps, 8);
-        w->text_id = (uint32_t *)carve(&end, text, 4);
-        w->pattern_id = (uint32_t *)carve(&end, pattern, 4);
-        w->slots = (uint64_t *)carve(&end, (size_t)1 << w->slot_bits, 8);
-        w->bits = (vector *)carve(&end, strips * steps * 2, sizeof(vector));
-        size_t needed = end - w->memory;
-        if (needed <= w->capacity) return 0;
-        free(w->memory);
-        w->capacity = needed;
-        w->memory = aligned_alloc(64, needed);
-        if (!w->memory) return -1;
+    int noisy_is_pattern = vector_steps(p->n, p->m) <= vector_steps(p->m, p->n);
+    p->pattern = noisy_is_pattern ? p->noisy : p->clean, p->rows = noisy_is_pattern ? p->n : p->m;
+    p->text = noisy_is_pattern ? p->clean : p->noisy, p->columns = noisy_is_pattern ? p->m : p->n;
+    p->steps = p->columns + LANES - 1;
+    for (p->slot_bits = 4; (int64_t)1 << p->slot_bits < 8 * p->columns && p->slot_bits < 32; p->slot_bits++);
+    for (;;) {
+        char *end = p->memory;
+        p->rows_of = carve(&end, (1 + p->columns) * sizeof(vector));
+        p->text_id = carve(&end, p->steps * sizeof(uint32_t));
+        p->carry[0] = carve(&end, p->steps * sizeof(uint64_t));
+        p->carry[1] = carve(&end, p->steps * sizeof(uint64_t));
+        p->slots = carve(&end, sizeof(uint64_t) << p->slot_bits);
+        p->bits = carve(&end, vector_steps(p->rows, p->columns) * 2 * sizeof(vector));
+        size_t needed = end - p->memory;
+        if (needed <= p->capacity) return 0;
+        if (reserve(p, needed)) return -1;
     }
 }
 
-static uint64_t *find_slot(const workspace *w, uint32_t token)
+static uint64_t *find_slot(const pair *p, uint32_t token)
 {
-    size_t mask = ((size_t)1 << w->slot_bits) - 1;
-    size_t at = (token * 2654435769u) >> (32 - w->slot_bits);
-    while (w->slots[at] && (uint32_t)(w->slots[at] >> 32) != token) at = (at + 1) & mask;
-    return &w->slots[at];
+    uint64_t last = ((uint64_t)1 << p->slot_bits) - 1;
+    uint64_t at = (token * 2654435769u) >> (32 - p->slot_bits);
+    /* "Occupied, and by another token" as one product: two branches would be mispredicted often. */
+    while (((p->slots[at] >> 32) ^ token) * (uint32_t)p->slots[at] != 0) at = (at + 1) & last;
+    return &p->slots[at];
 }
 
-static size_t number_tokens(workspace *w, const int32_t *pattern, size_t np, const int32_t *text, size_t nt)
+static uint32_t number_text(pair *p)
 {
     uint32_t distinct = 0;
-    memset(w->slots, 0, sizeof(uint64_t) << w->slot_bits);
-    for (size_t c = 0; c < nt; c++) {
-        uint32_t token = text[nt - 1 - c];
-        uint64_t *slot = find_slot(w, token);
+    memset(p->slots, 0, sizeof(uint64_t) << p->slot_bits);
+    for (int64_t c = 0; c < p->columns; c++) {
+        uint32_t token = p->text[p->columns - 1 - c];
+        uint64_t *slot = find_slot(p, token);
         if (!*slot) *slot = (uint64_t)token << 32 | ++distinct;
-        w->text_id[c] = (uint32_t)*slot;
+        p->text_id[c] = (uint32_t)*slot;
     }
-    for (size_t r = 0; r < np; r++) w->pattern_id[r] = (uint32_t)*find_slot(w, pattern[np - 1 - r]);
+    memset(p->text_id + p->columns, 0, (LANES - 1) * sizeof(uint32_t));
     return distinct;
 }
 
+/* Lane l must see the eq of column t - l: three delay lines, of one, two and four steps, spell l in binary.
+   Before its column 0 a lane sees hn, not hp, from below, and that leaves vp and vn as they are. */
 FOR_EACH_CPU
-static void fill_strip(vector *bits, const vector *eqs, uint64_t *carry_p, uint64_t *carry_n, size_t text,
-                       int pattern_is_noisy)
+static void fill_strip(const pair *p, vector *bits, int is_last)
 {
+    const vector one = {0, -1, 0, -1, 0, -1, 0, -1}, two = {0, 0, -1, -1, 0, 0, -1, -1};
+    const vector four = {0, 0, 0, 0, -1, -1, -1, -1};
+    const vector rows_delete = (vector){0} - (uint64_t)(p->pattern == p->noisy);
+    uint64_t *carry_p = p->carry[0], *carry_n = p->carry[1];
     vector vp = ~(vector){0}, vn = {0}, hp = {0}, hn = ~(vector){0};
-    vector noisy_rows = (vector){0} - (uint64_t)pattern_is_noisy;
-    for (size_t t = 0; t < text + LANES - 1; t++) {
-        vector hp_in = LANES_UP(hp >> 63) | (vector){carry_p[t]};
-        vector hn_in = LANES_UP(hn >> 63) | (vector){carry_n[t]};
-        vector eq = eqs[t] | hn_in;
+    vector a1 = {0}, b1 = {0}, b2 = {0}, c1 = {0}, c2 = {0}, c3 = {0}, c4 = {0};
+    for (int64_t t = 0; t < p->steps; t++) {
+        vector a = p->rows_of[p->text_id[t]];
+        vector b = (a & ~one) | (a1 & one);
+        vector c = (b & ~two) | (b2 & two);
+        vector eq = (c & ~four) | (c4 & four);
+        a1 = a, b2 = b1, b1 = b, c4 = c3, c3 = c2, c2 = c1, c1 = c;
+
+        vector hp_below = LANES_UP(hp, carry_p[t]) >> 63, hn_below = LANES_UP(hn, carry_n[t]) >> 63;
+        eq |= hn_below;
         vector d0 = (((eq & vp) + vp) ^ vp) | eq | vn;
         hp = vn | ~(d0 | vp);
         hn = vp & d0;
-        vector hp_up = hp << 1 | hp_in, hn_up = hn << 1 | hn_in;
+        vector hp_up = hp << 1 | hp_below, hn_up = hn << 1 | hn_below;
         vp = hn_up | ~(d0 | hp_up);
         vn = hp_up & d0;
+
         bits[2 * t] = d0;
-        bits[2 * t + 1] = (vp & noisy_rows) | (hp & ~noisy_rows);
-        if (t >= LANES - 1) {
-            carry_p[t - (LANES - 1)] = hp[LANES - 1] >> 63;
-            carry_n[t - (LANES - 1)] = hn[LANES - 1] >> 63;
+        bits[2 * t + 1] = (vp & rows_delete) | (hp & ~rows_delete);
+        if (!is_last && t >= LANES - 1) {
+            carry_p[t - (LANES - 1)] = hp[LANES - 1];
+            carry_n[t - (LANES - 1)] = hn[LANES - 1];
         }
     }
 }
 
-static void fill(workspace *w, size_t np, size_t nt, size_t distinct, int pattern_is_noisy)
+static int fill_bits(pair *p)
 {
-    size_t steps = nt + LANES - 1;
-    memset(w->rows_of, 0, (distinct + 1) * sizeof(vector));
-    memset(w->eq, 0, steps * sizeof(vector));
-    for (size_t t = 0; t < steps; t++) w->carry_p[t] = 1, w->carry_n[t] = 0;
-    for (size_t first = 0; first < np; first += ROWS) {
-        size_t rows = np - first < ROWS ? np - first : ROWS;
-        const uint32_t *id = w->pattern_id + first;
-        for (size_t r = 0; r < rows; r++) ((uint64_t *)(w->rows_of + id[r]))[r / 64] |= (uint64_t)1 << r % 64;
-        w->rows_of[0] = (vector){0};
-        int used = (rows + 63) / 64;
-        for (size_t c = 0; c < nt; c++) {
-            const uint64_t *from = (uint64_t *)(w->rows_of + w->text_id[c]);
-            uint64_t *to = (uint64_t *)(w->eq + c);
-            for (int l = 0; l < used; l++) to[l * (LANES + 1)] = from[l];
+    if (set_up(p)) return -1;
+    uint32_t distinct = number_text(p);
+    for (int64_t t = 0; t < p->steps; t++) p->carry[0][t] = -1, p->carry[1][t] = 0; /* the table's edge grows by one */
+    for (int64_t first = 0; first < p->rows; first += STRIP) {
+        memset(p->rows_of, 0, (1 + (size_t)distinct) * sizeof(vector));
+        for (int64_t r = 0; r < least(STRIP, p->rows - first); r++) {
+            uint32_t id = *find_slot(p, p->pattern[p->rows - 1 - first - r]);
+            ((uint64_t *)&p->rows_of[id])[r / 64] |= (uint64_t)1 << r % 64;
         }
-        for (size_t r = 0; r < rows; r++) w->rows_of[id[r]] = (vector){0};
-        fill_strip(w->bits + first / ROWS * steps * 2, w->eq, w->carry_p, w->carry_n, nt, pattern_is_noisy);
+        p->rows_of[0] = (vector){0};
+        fill_strip(p, p->bits + first / STRIP * p->steps * 2, first + STRIP >= p->rows);
     }
+    return 0;
 }
 
-static size_t trace(const workspace *w, const int32_t *noisy, size_t n, const int32_t *clean, size_t m, uint8_t *script)
+static inline int edit_from_bits(const pair *p, int64_t i, int64_t j)
 {
-    size_t i = 0, j = 0, steps = (n < m ? n : m) + LANES - 1;
-    uint8_t *op = script;
-    while (i < n && j < m) {
-        if (noisy[i] == clean[j]) {
-            *op++ = KEEP, i++, j++;
+    uint64_t from_end_of_noisy = p->n - 1 - i, from_end_of_clean = p->m - 1 - j;
+    uint64_t r = p->pattern == p->noisy ? from_end_of_noisy : from_end_of_clean;
+    uint64_t c = p->pattern == p->noisy ? from_end_of_clean : from_end_of_noisy;
+    uint64_t lane = r / 64 % LANES;
+    const uint64_t *word = (uint64_t *)&p->bits[(r / STRIP * p->steps + c + lane) * 2] + lane;
+    if (!(word[0] >> r % 64 & 1)) return SUB;
+    return INS - (word[LANES] >> r % 64 & 1);
+}
+
+/* ---- What Python calls ---- */
+
+/* Writes the script from the front, and returns its end. d is the distance of a close pair, else -1. */
+static uint8_t *trace(const pair *p, int64_t d, uint8_t *script)
+{
+    int64_t i = 0, j = 0;
+    while (i < p->n && j < p->m) {
+        if (p->noisy[i] == p->clean[j]) {
+            *script++ = KEEP, i++, j++;
             continue;
         }
-        size_t r = n < m ? m - 1 - j : n - 1 - i, c = n < m ? n - 1 - i : m - 1 - j;
-        size_t lane = r / 64 % LANES;
-        const uint64_t *word = (uint64_t *)(w->bits + (r / ROWS * steps + c + lane) * 2) + lane;
-        if (!(word[0] >> r % 64 & 1))
-            *op++ = SUB, i++, j++;
-        else if (word[LANES] >> r % 64 & 1)
-            *op++ = DEL, i++;
+        int op = d >= 0 ? edit_from_diagonals(p, i, j, d--) : edit_from_bits(p, i, j);
+        *script++ = op;
+        if (op == SUB)
+            i++, j++;
         else
-            *op++ = INS, j++;
+            i += op == DEL, j += op == INS;
     }
-    memset(op, DEL, n - i), op += n - i;
-    memset(op, INS, m - j), op += m - j;
-    return op - script;
+    memset(script, DEL, p->n - i), script += p->n - i;
+    memset(script, INS, p->m - j), script += p->m - j;
+    return script;
 }
 
-/* Canonical scripts for pairs first, first + step, ... of `pairs`. */
+/* Scripts of pairs first, first + step, ... of all `pairs`. Sequences lie end to end, between their fences; the script
+   of pair b starts at noisy_fence[b] + clean_fence[b] and has length[b] columns. Returns -1 when out of memory. */
 int edit_scripts(int64_t pairs, int64_t first, int64_t step, const int32_t *noisy, const int64_t *noisy_fence,
                  const int32_t *clean, const int64_t *clean_fence, uint8_t *script, int64_t *length)
 {
-    workspace w = {0};
-    for (int64_t b = first; b < pairs; b += step) {
-        const int32_t *x = noisy + noisy_fence[b], *y = clean + clean_fence[b];
-        size_t n = noisy_fence[b + 1] - noisy_fence[b], m = clean_fence[b + 1] - clean_fence[b], same = 0;
-        uint8_t *out = script + noisy_fence[b] + clean_fence[b];
-        while (same < n && same < m && x[same] == y[same]) out[same++] = KEEP;
-        x += same, y += same, n -= same, m -= same;
-        if (n && m) {
-            int pattern_is_noisy = n >= m;
-            size_t np = pattern_is_noisy ? n : m, nt = pattern_is_noisy ? m : n;
-            if (reserve(&w, np, nt)) return -1;
-            size_t distinct = number_tokens(&w, pattern_is_noisy ? x : y, np, pattern_is_noisy ? y : x, nt);
-            fill(&w, np, nt, distinct, pattern_is_noisy);
+    pair p = {0};
+    int failed = 0;
+    for (int64_t b = first; b < pairs && !failed; b += step) {
+        uint8_t *start = script + noisy_fence[b] + clean_fence[b], *end = start;
+        p.noisy = noisy + noisy_fence[b], p.n = noisy_fence[b + 1] - noisy_fence[b];
+        p.clean = clean + clean_fence[b], p.m = clean_fence[b + 1] - clean_fence[b];
+        while (p.n && p.m && *p.noisy == *p.clean) *end++ = KEEP, p.noisy++, p.clean++, p.n--, p.m--;
+        int64_t d = 0;
+        if (p.n && p.m) {
+            d = fill_diagonals(&p);
+            failed = d == -2 || (d == -1 && fill_bits(&p));
         }
-        length[b] = same + trace(&w, x, n, y, m, out + same);
+        if (!failed) length[b] = trace(&p, d, end) - start;
     }
-    free(w.memory);
-    return 0;
+    free(p.memory);
+    return failed ? -1 : 0;
 }
 
 /* The two targets of ME-DLM for the same pairs (edit_distance.py says what they mean), read from the right so that the

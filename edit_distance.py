@@ -22,6 +22,7 @@ over 2 symbols and 7 % over 20. Its token targets are ours on reversed sequences
 import warnings
 from array import array
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 
 import numpy as np
 
@@ -156,17 +157,27 @@ def _pack_pairs(noisy, clean):
 
 def _pack(sequences, name):
     """Sequences end to end as int32 [T], and their fences int64 [B + 1]."""
-    parts = [_tokens(sequence, name) for sequence in sequences]
-    fence = np.zeros(len(parts) + 1, dtype=np.int64)
-    np.cumsum([len(part) for part in parts], out=fence[1:])
-    row = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+    if not _is_ready(sequences):
+        sequences = [_tokens(sequence, name) for sequence in sequences]
+    fence = np.zeros(len(sequences) + 1, dtype=np.int64)
+    np.cumsum(list(map(len, sequences)), out=fence[1:])
+    row = np.concatenate(sequences) if len(sequences) else np.empty(0, dtype=np.int32)
     if row.dtype != np.int32 and len(row) and not -(2**31) <= row.min() <= row.max() < 2**31:
         raise ValueError(f"{name}: token ids must fit in int32, found {row.min()} to {row.max()}")
     return row.astype(np.int32, copy=False), fence
 
 
+def _is_ready(sequences):
+    """Whether all are 1-D arrays, int32 or int64, so that nothing has to be looked at one by one (sets are quick)."""
+    return (
+        set(map(type, sequences)) == {np.ndarray}
+        and set(map(attrgetter("dtype"), sequences)) <= {np.dtype(np.int32), np.dtype(np.int64)}
+        and set(map(attrgetter("ndim"), sequences)) == {1}
+    )
+
+
 def _tokens(sequence, name):
-    """One sequence as a 1-D signed integer array."""
+    """One sequence as a 1-D array, int32 or int64."""
     if isinstance(sequence, (list, tuple)):
         try:
             return np.asarray(array("i", sequence))
@@ -177,13 +188,11 @@ def _tokens(sequence, name):
     tokens = np.asarray(sequence)
     if tokens.ndim != 1:
         raise ValueError(f"{name}: a sequence must have one dimension, found shape {tokens.shape}")
-    if tokens.dtype.kind == "u":
-        if tokens.dtype == np.uint64 and (tokens >= 2**31).any():
-            raise ValueError(f"{name}: token ids must fit in int32, found {tokens.max()}")
-        return tokens.astype(np.int64)
-    if tokens.dtype.kind != "i":
+    if tokens.dtype.kind not in "iu":
         raise TypeError(f"{name}: token ids must be integers, found {tokens.dtype}")
-    return tokens
+    if tokens.dtype == np.uint64 and (tokens >= 2**31).any():
+        raise ValueError(f"{name}: token ids must fit in int32, found {tokens.max()}")
+    return tokens.astype(np.int64)
 
 
 def _each_pair(x, x_fence, y, y_fence):
