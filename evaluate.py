@@ -235,6 +235,8 @@ def load_samples(name: str, source: str | None, limit: int | None, seed: int, sy
         files = data.data_files(source or task.hub)
         held_out = [file for file in files if "test" in file.name] or files
         records = [_checked(task, *line) for file in held_out for line in data.read_file(file)][:limit]
+        if not records:
+            raise ValueError(f"{held_out[0]}: no record in it")
     system = task.system if system is None else system
     samples = []
     for i, record in enumerate(records):
@@ -266,8 +268,8 @@ def set_keys(samples: list[Sample], settings: dict) -> None:
 
 def fingerprint(checkpoint: Path) -> list:
     """Name, size and time of its files: training on in the same folder makes it another checkpoint."""
-    kinds = (".safetensors", ".json", ".jinja", ".model")
-    files = [file for file in sorted(checkpoint.iterdir()) if file.suffix in kinds]
+    kinds, names = (".safetensors", ".jinja", ".model"), ("config.json", "tokenizer.json", "tokenizer_config.json")
+    files = [file for file in sorted(checkpoint.iterdir()) if file.suffix in kinds or file.name in names]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 

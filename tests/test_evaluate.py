@@ -267,6 +267,12 @@ def test_broken_records_are_named(tmp_path, line, message):
         evaluate.load_samples("gsm8k", str(path), None, 0, None)
 
 
+def test_an_empty_file_is_an_error(tmp_path):
+    (tmp_path / "gsm8k_test.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"gsm8k_test.jsonl: no record"):
+        evaluate.load_samples("gsm8k", str(tmp_path / "gsm8k_test.jsonl"), None, 0, None)
+
+
 def test_the_key_covers_everything_an_answer_depends_on(files, tmp_path):
     def keys(settings=None, seed=0, system=None, limit=None):
         samples = evaluate.load_samples("gsm8k", files["gsm8k"], limit, seed, system)
@@ -282,6 +288,7 @@ def test_the_key_covers_everything_an_answer_depends_on(files, tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"1")
     before = evaluate.fingerprint(tmp_path)
+    (tmp_path / "summary.json").write_text("{}")  # results may be kept beside the weights
     assert before == evaluate.fingerprint(tmp_path)
     weights.write_bytes(b"2")
     os.utime(weights, ns=(1, 1))

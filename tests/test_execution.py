@@ -36,10 +36,10 @@ PROBLEMS = [
 FAILING_TEST = "assert 1 == 2\n"
 
 
-def reason(program: str, tests: str = "", timeout: float = 2.0) -> str:
+def reason(program: str, tests: str = "", timeout: float = 20.0) -> str:
     result = execution.run(program, tests, timeout)
     assert result.passed == (result.reason == "passed")
-    assert result.seconds < timeout + 1
+    assert result.seconds < timeout + 5
     return result.reason
 
 
@@ -184,8 +184,14 @@ open(os.devnull, "w").write("z")
 """
     assert reason(program) == "passed"
     assert reason(program + "while True: pass", timeout=0.5).startswith("timed out")
-    assert reason("import os\nfor i in range(1100):\n    os.mkdir('d')\n    os.chdir('d')", timeout=20) == "passed"
     assert reason("import os\nos.mkdir('d')\nopen('d/f', 'w')\nos.chmod('d', 0)\nos.chmod('.', 0)") == "passed"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_folders_nested_deeper_than_recursion_go_away_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution.tempfile, "tempdir", str(tmp_path))
+    assert reason("import os\nfor i in range(1100):\n    os.mkdir('d')\n    os.chdir('d')", timeout=60) == "passed"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -206,7 +212,7 @@ open(os.devnull, "w").write("z")
 def test_no_processes_threads_signals_or_sockets(attack):
     started = time.monotonic()
     assert reason(attack) != "passed"
-    assert time.monotonic() - started < 1.5  # refused, not timed out
+    assert time.monotonic() - started < 15  # refused, not timed out
 
 
 def test_no_input_and_no_secrets(monkeypatch):
