@@ -1,18 +1,29 @@
 """Speed and memory, always as a ratio against something named, both measured in the same run.
 
-    python bench.py edit_distance
+    python bench.py edit_distance      scripts per second against rapidfuzz
+    python bench.py attention          ragged attention on CPU against one padded or one masked call
+    python bench.py loss               the Edit Flows loss against vocabulary logits on all rows: time and memory
+    python bench.py sampling           16 prompts in one batch against one at a time, and where the time goes
 
 One function per benchmark; `BENCHMARKS` at the end lists them. The contestants take turns, because the speed of a
 machine drifts; a ratio is the median over the turns.
 """
 
 import argparse
+import multiprocessing
+import resource
 import time
+from functools import partial
 from statistics import median
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
+import editflow
+import models
 from edit_distance import edit_scripts
+from ragged import Ragged
 
 
 def take_turns(contestants: dict, repeats: int, clock=time.perf_counter) -> dict:
@@ -53,8 +64,7 @@ def bench_edit_distance(args):
     print("length  noise  edit_scripts | rapidfuzz   ratio | from lists   ratio | 2 threads")
     for length in args.lengths:
         for noise in args.noise:
-            pairs = max(8, args.tokens // length)
-            clean = [rng.integers(0, args.vocab, length) for _ in range(pairs)]
+            clean = [rng.integers(0, args.vocab, length) for _ in range(args.pairs)]
             noisy = [add_noise(rng, x, noise, args.vocab) for x in clean]
             lists = [(x.tolist(), y.tolist()) for x, y in zip(noisy, clean)]
             strings = [(as_string(x), as_string(y)) for x, y in lists]
@@ -64,7 +74,7 @@ def bench_edit_distance(args):
                 "lists": lambda lists=lists: [editops(x, y) for x, y in lists],
             }
             seconds = take_turns(contestants, args.repeats, time.process_time)
-            ours, strings_us, lists_us = (1e6 * median(times) / pairs for times in seconds.values())
+            ours, strings_us, lists_us = (1e6 * median(times) / args.pairs for times in seconds.values())
             contestants = {
                 "one": contestants["ours"],
                 "two": lambda noisy=noisy, clean=clean: edit_scripts(noisy, clean, threads=2),
@@ -95,7 +105,163 @@ def as_string(tokens):
     return "".join(chr(token if token < 0xD800 else token + 0x800) for token in tokens)
 
 
-BENCHMARKS = {"edit_distance": bench_edit_distance}
+# ---------------------------------------------------------------------------------------------------- Edit Flows
+
+
+def editflow_model(args, seed=0):
+    """ModernBERT of the size in the flags, random weights, in float32."""
+    sizes = {"hidden_size": args.hidden, "num_hidden_layers": args.layers, "num_attention_heads": args.hidden // 64}
+    raw = sizes | {"model_type": "modernbert", "vocab_size": args.vocab, "intermediate_size": args.hidden * 3 // 2}
+    model = models.EditFlowModel(models.complete_config(raw | {"nanoedit": {"schedule": "linear"}}))
+    models.init_weights(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def path_batch(args):
+    """`batch` targets of `length` random tokens, from masks[length:64], at t ~ U[0, 1]."""
+    rng = torch.Generator().manual_seed(args.seed)
+    x1 = torch.randint(5, args.vocab, (args.batch, args.length), generator=rng).tolist()
+    x0, prompts = [[4] * 64] * args.batch, [[1]] * args.batch
+    t = editflow.draw_t(args.batch, rng)
+    return editflow.path(prompts, x0, x1, t, editflow.schedule("linear").kappa, rng)
+
+
+def loss_on_all_rows(model, batch, kappa):
+    """The same loss the plain way: both vocabulary heads on every token, [T, V] logits and their log-softmax."""
+    hidden = model(batch.x)
+    sub_log_q = F.log_softmax(model.sub_logits(hidden), dim=-1)
+    ins_log_q = F.log_softmax(model.ins_logits(hidden), dim=-1)
+    weight = (kappa.weight(batch.t) / len(batch.x) / batch.target_len.clamp_min(1))[batch.x.batch]
+    rates = model.rate_heads(hidden)
+    can_edit, can_insert = editflow.editable(batch.x, batch.prompt_len)
+    total = (weight * (can_edit * rates[:, :2].sum(1) + can_insert * rates[:, 2])).sum()
+    total = total - (weight[batch.sub_row] * (rates[batch.sub_row, 0].log() + sub_log_q[batch.sub_row, batch.sub_token])).sum()
+    total = total - (weight[batch.del_row] * rates[batch.del_row, 1].log()).sum()
+    total = total - (weight[batch.ins_row] * (rates[batch.ins_row, 2].log() + ins_log_q[batch.ins_row, batch.ins_token])).sum()
+    return total, {}
+
+
+def loss_step(loss, model, batch):
+    model.zero_grad()
+    value, _ = loss(model, batch, editflow.schedule("linear"))
+    value.backward()
+    return float(value.detach())
+
+
+def peak_memory(work, *inputs) -> float:
+    """MB that one call takes at most beyond what its process held before, in a process of its own."""
+
+    def child(pipe):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        work(*inputs)
+        pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=child, args=(theirs,))
+    process.start()
+    process.join()
+    return ours.recv()
+
+
+def bench_loss(args):
+    """One training step (forward and backward) of Edit Flows against the same model with both vocabulary heads on all
+    rows. Memory: the peak of one step beyond weights and libraries, gradients included."""
+    model, batch = editflow_model(args), path_batch(args)
+    contestants = {
+        "rows with an edit": partial(loss_step, editflow.loss, model, batch),
+        "all rows": partial(loss_step, loss_on_all_rows, model, batch),
+    }
+    torch.set_num_threads(1)  # a forked child must not inherit a pool of threads
+    memory = {name: peak_memory(step) for name, step in contestants.items()}
+    torch.set_num_threads(args.threads)
+    values = {name: step() for name, step in contestants.items()}
+    seconds = take_turns(contestants, args.repeats)
+    rows = {"rows with an edit": len(batch.sub_row.unique()) + len(batch.ins_row.unique()), "all rows": 2 * len(batch.x.ids)}
+    print(f"{len(batch.x)} sequences, {len(batch.x.ids)} tokens, V = {args.vocab}, {args.threads} threads, float32")
+    print("vocabulary heads on    head rows      loss   ms / step   peak MB")
+    for name in contestants:
+        print(f"{name:20} {rows[name]:11} {values[name]:9.4f} {1e3 * median(seconds[name]):11.1f} {memory[name]:9.0f}")
+    faster = ratio(seconds["all rows"], seconds["rows with an edit"])
+    print(f"{faster:.2f}x as fast, {memory['rows with an edit'] / memory['all rows']:.0%} of the memory")
+
+
+def bench_sampling(args):
+    """Edit Flows sampling: a batch of prompts against the same prompts one at a time, tokens per second; and the share
+    of the time that one prompt spends outside the model's layers and heads.
+
+    The weights are random, the rates set so that every mask is expected to be substituted once and followed by one
+    insertion: 64 masks become about 128 tokens, as with a trained model.
+    """
+    torch.set_num_threads(args.threads)
+    model = editflow_model(args).eval()
+    torch.nn.init.zeros_(model.rate_heads[0].weight)
+    with torch.no_grad():
+        model.rate_heads[0].bias.copy_(torch.tensor([0.5413, -20.0, 0.0]))  # softplus: 1 sub, 0 del, 0.69 ins
+    x0, inside = [[4] * 64] * args.batch, [0.0]
+
+    def run(indices):
+        prompts = [[1] * 16 for _ in indices]
+        sampled = editflow.sample(model, prompts, x0=[x0[i] for i in indices], steps=args.steps, seeds=list(indices))
+        return sum(len(s.response) for s in sampled)
+
+    everyone = range(args.batch)
+    contestants = {"one batch": lambda: run(everyone), "one at a time": lambda: sum(run([i]) for i in everyone)}
+    tokens = {name: work() for name, work in contestants.items()}
+    seconds = take_turns(contestants, args.repeats)
+    for name in contestants:
+        print(f"{name:14} {tokens[name]} tokens, {tokens[name] / median(seconds[name]):8.1f} tokens/s")
+    print(f"{ratio(seconds['one at a time'], seconds['one batch']):.2f}x the tokens per second in one batch of {args.batch}")
+
+    for module in (model.model, model.rate_heads, model.sub_logits, model.ins_logits):
+        start = []
+        module.register_forward_pre_hook(lambda *_, start=start: start.append(time.perf_counter()))
+        module.register_forward_hook(lambda *_, start=start: inside.append(time.perf_counter() - start.pop()))
+    outside = []
+    for _ in range(args.repeats):
+        inside.clear()
+        begin = time.perf_counter()
+        run([0])
+        outside.append(1 - sum(inside) / (time.perf_counter() - begin))
+    print(f"one prompt: {median(outside):.1%} of the time outside the model's layers and heads")
+
+
+def bench_attention(args):
+    """`models.attend` on CPU, forward and backward, against one padded and one masked call of PyTorch's own attention."""
+    torch.set_num_threads(args.threads)
+    print("sequences  lengths     attend ms |  padded ms  ratio |  masked ms  ratio")
+    for batch, low, high in ((32, 14, 30), (16, 65, 128), (8, 150, 256), (8, 300, 512)):
+        rng = torch.Generator().manual_seed(args.seed)
+        x = Ragged.pack([[0] * n for n in torch.randint(low, high + 1, (batch,), generator=rng).tolist()])
+        qkv = [torch.randn(len(x.ids), 4, 64, generator=rng, requires_grad=True) for _ in range(3)]
+        column = torch.arange(x.max_seqlen)
+        valid, same = column < x.lengths[:, None], x.batch[:, None] == x.batch
+
+        def padded(q, k, v, x=x, valid=valid):
+            q, k, v = (z.new_zeros(*valid.shape, 4, 64).index_put((valid,), z).transpose(1, 2) for z in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]).transpose(1, 2)[valid]
+
+        def masked(q, k, v, same=same):
+            q, k, v = (z.transpose(0, 1)[None] for z in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=same)[0].transpose(0, 1)
+
+        def ours(q, k, v, x=x):
+            return models.attend(q, k, v, x.cu_seqlens, x.max_seqlen)
+
+        contestants = {f.__name__: lambda f=f, qkv=qkv: f(*qkv).sum().backward() for f in (ours, padded, masked)}
+        s = take_turns(contestants, args.repeats)
+        ms = {name: 1e3 * median(times) for name, times in s.items()}
+        print(
+            f"{batch:9}  {low:3} - {high:3}  {ms['ours']:10.2f} | {ms['padded']:10.2f} {ratio(s['padded'], s['ours']):5.2f}x |"
+            f" {ms['masked']:10.2f} {ratio(s['masked'], s['ours']):5.2f}x"
+        )
+
+
+BENCHMARKS = {
+    "edit_distance": bench_edit_distance,
+    "attention": bench_attention,
+    "loss": bench_loss,
+    "sampling": bench_sampling,
+}
 
 
 def main():
@@ -109,7 +275,19 @@ def main():
     p.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048], help="tokens of the clean sequence")
     p.add_argument("--noise", type=float, nargs="+", default=[0.05, 0.3, 1.0], help="share edited; 1: unrelated")
     p.add_argument("--vocab", type=int, default=32000, help="symbols, drawn uniformly")
-    p.add_argument("--tokens", type=int, default=65536, help="tokens in a batch of pairs")
+    p.add_argument("--pairs", type=int, default=128, help="pairs in a batch")
+
+    common.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
+    benchmarks.add_parser("attention", parents=[common], help="ragged attention against padded and masked")
+    size = argparse.ArgumentParser(add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    size.add_argument("--vocab", type=int, default=50000)
+    size.add_argument("--hidden", type=int, default=256)
+    size.add_argument("--layers", type=int, default=6)
+    size.add_argument("--batch", type=int, default=16, help="sequences")
+    p = benchmarks.add_parser("loss", parents=[common, size], help="rows with an edit against all rows")
+    p.add_argument("--length", type=int, default=128, help="tokens of each target")
+    p = benchmarks.add_parser("sampling", parents=[common, size], help="one batch against one at a time")
+    p.add_argument("--steps", type=int, default=100)
 
     args = parser.parse_args()
     BENCHMARKS[args.benchmark](args)
