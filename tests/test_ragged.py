@@ -1,0 +1,166 @@
+"""What ragged.py promises: packing loses nothing, edits do what a list would do, every draw of noise has an address."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ragged import DEL, GAP, INS, KEEP, SUB, Ragged, apply_edits, uniform_noise
+
+SEQUENCES = st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=5)
+INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+
+@settings(deadline=None, max_examples=60)
+@given(SEQUENCES)
+def test_pack_and_unpack_are_inverse_and_every_field_says_the_same(sequences):
+    x = Ragged.pack(sequences)
+    assert x.unpack() == sequences
+    assert len(x) == len(sequences)
+    assert (x.ids.dtype, x.cu_seqlens.dtype) == (torch.int64, torch.int32)
+    assert x.cu_seqlens.tolist() == [sum(map(len, sequences[:b])) for b in range(len(sequences) + 1)]
+    assert x.max_seqlen == max(map(len, sequences), default=0)
+    assert x.lengths.tolist() == list(map(len, sequences))
+    assert x.batch.tolist() == [b for b, s in enumerate(sequences) for _ in s]
+    assert x.positions.tolist() == [i for s in sequences for i in range(len(s))]
+    assert (x.batch.dtype, x.positions.dtype) == (torch.int64, torch.int64)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SEQUENCES)
+def test_lists_arrays_tensors_and_flat_rows_pack_alike(sequences):
+    x = Ragged.pack(sequences)
+    assert Ragged.pack([np.array(s, np.int32) for s in sequences]).unpack() == sequences
+    assert Ragged.pack([torch.tensor(s, dtype=torch.int64) for s in sequences]).unpack() == sequences
+    assert Ragged.from_lengths(x.ids, x.lengths).unpack() == sequences
+    assert x.to("cpu").unpack() == sequences
+
+
+# ---------------------------------------------------------------------------------------------------- edits
+
+
+@st.composite
+def texts_and_edits(draw):
+    sequences = draw(SEQUENCES)
+    one = st.tuples(st.sampled_from([KEEP, SUB, DEL]), st.integers(0, 9), st.sampled_from([GAP, *range(10)]))
+    return sequences, [draw(st.lists(one, min_size=len(s), max_size=len(s))) for s in sequences]
+
+
+@settings(deadline=None, max_examples=60)
+@given(texts_and_edits())
+def test_apply_edits_equals_editing_lists(case):
+    sequences, edits = case
+    expected = []
+    for sequence, row in zip(sequences, edits):
+        text = []
+        for token, (op, sub_token, ins_token) in zip(sequence, row):
+            text += {KEEP: [token], SUB: [sub_token], DEL: []}[op]
+            text += [] if ins_token == GAP else [ins_token]
+        expected.append(text)
+    flat = [edit for row in edits for edit in row]
+    op, sub_token, ins_token = (torch.tensor([e[k] for e in flat], dtype=torch.int64) for k in range(3))
+    x = Ragged.pack(sequences)
+    y = apply_edits(x, op.to(torch.uint8), sub_token, ins_token)
+    assert y.unpack() == expected
+    assert y.max_seqlen == max(map(len, expected), default=0)
+    assert (y.ids.dtype, y.cu_seqlens.dtype) == (torch.int64, torch.int32)
+    assert x.unpack() == sequences  # the old row is left alone
+
+
+def test_edit_codes_are_the_ones_of_the_edit_scripts():
+    import edit_distance
+
+    ours = (KEEP, SUB, DEL, INS, GAP)
+    theirs = (edit_distance.KEEP, edit_distance.SUB, edit_distance.DEL, edit_distance.INS, edit_distance.GAP)
+    assert ours == theirs
+    assert edit_distance.edit_script([1, 2, 3], [1, 4, 3, 5]).tolist() == [KEEP, SUB, KEEP, INS]
+
+
+# ---------------------------------------------------------------------------------------------------- noise
+
+
+def splitmix64(z):
+    """One output of SplitMix64 from state z, on Python's unbounded integers."""
+    word = 2**64 - 1
+    z = (z + 0x9E3779B97F4A7C15) & word
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & word
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & word
+    return z ^ (z >> 31)
+
+
+@settings(deadline=None, max_examples=60)
+@given(INT64, st.integers(0, 10_000), st.integers(0, 100_000), st.integers(0, 7))
+def test_noise_is_the_documented_hash_of_its_address(seed, step, position, stream):
+    key = splitmix64(splitmix64(seed % 2**64) + step * 8 + stream)
+    expected = ((splitmix64(key + position) >> 12) + 0.5) / 2**52
+    u = uniform_noise(torch.tensor([seed]), step, torch.tensor([position]), stream)
+    assert u.dtype == torch.float64
+    assert u.tolist() == [expected]
+    assert 0 < expected < 1
+
+
+def test_splitmix64_gives_the_published_first_numbers():
+    # the reference implementation seeded with 1234567
+    gold = 0x9E3779B97F4A7C15
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [splitmix64(1234567 + i * gold) for i in range(3)] == expected
+
+
+def draws(n, *, seed=0, step=0, stream=0):
+    return uniform_noise(torch.full((n,), seed), step, torch.arange(n), stream)
+
+
+@pytest.mark.parametrize(
+    "u",
+    [
+        draws(20_000),
+        uniform_noise(torch.arange(20_000), 3, torch.zeros(20_000, dtype=torch.int64), 1),  # along seeds
+        torch.cat([draws(1, seed=5, step=k) for k in range(3_000)]),  # along steps
+        torch.cat([draws(1, seed=s, stream=k) for s in range(400) for k in range(8)]),  # along streams
+    ],
+    ids=["positions", "seeds", "steps", "streams"],
+)
+def test_noise_is_uniform_in_every_direction(u):
+    """Kolmogorov-Smirnov: the largest distance to the uniform distribution function; 1.95 / sqrt(n) has p = 0.001."""
+    u, n = u.sort().values, len(u)
+    above, below = torch.arange(1, n + 1) / n - u, u - torch.arange(n) / n
+    assert max(above.max(), below.max()) < 1.95 / math.sqrt(n)
+
+
+def test_seeds_steps_streams_and_neighbouring_positions_are_uncorrelated():
+    n = 20_000
+    base = draws(n)
+    for other in (draws(n, seed=1), draws(n, step=1), *(draws(n, stream=k) for k in range(1, 8)), base.roll(1)):
+        assert not torch.equal(other, base)
+        assert abs(torch.corrcoef(torch.stack([base, other]))[0, 1]) < 4 / math.sqrt(n)
+
+
+def test_no_two_of_many_addresses_share_a_draw():
+    seen = [draws(200, seed=s, step=k, stream=j) for s in range(10) for k in range(10) for j in range(8)]
+    assert torch.cat(seen).unique().numel() == 160_000
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 2**40), st.integers(0, 5)), min_size=1, max_size=6), st.randoms())
+def test_a_sequences_noise_depends_on_its_own_address_only(rows, random):
+    """rows: (seed, length). Alone, in a batch, in another order: the same numbers."""
+
+    def noise(rows):
+        x = Ragged.pack([[0] * n for _, n in rows])
+        seed = torch.tensor([seed for seed, _ in rows])
+        u = uniform_noise(seed[x.batch], 4, x.positions, torch.arange(5)[:, None])  # [5, T], all streams at once
+        for stream in range(5):
+            assert torch.equal(u[stream], uniform_noise(seed[x.batch], 4, x.positions, stream))
+        return [u[:, x.batch == b].tolist() for b in range(len(rows))]
+
+    together = dict(zip(rows, noise(rows)))
+    shuffled = random.sample(rows, len(rows))
+    assert dict(zip(shuffled, noise(shuffled))) == together
+    for row in rows:
+        assert noise([row])[0] == together[row]
