@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.run
-	$(BIN)/python recipes/demo.py
+	PYTHON=$(BIN)/python recipes/demo.sh
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

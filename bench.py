@@ -271,13 +271,13 @@ def main():
     common.add_argument("--repeats", type=int, default=15, help="turns; every ratio is a median over them")
     common.add_argument("--seed", type=int, default=0)
 
+    common.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
     p = benchmarks.add_parser("edit_distance", parents=[common], help="edit scripts against rapidfuzz")
     p.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048], help="tokens of the clean sequence")
     p.add_argument("--noise", type=float, nargs="+", default=[0.05, 0.3, 1.0], help="share edited; 1: unrelated")
     p.add_argument("--vocab", type=int, default=32000, help="symbols, drawn uniformly")
     p.add_argument("--pairs", type=int, default=128, help="pairs in a batch")
 
-    common.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
     benchmarks.add_parser("attention", parents=[common], help="ragged attention against padded and masked")
     size = argparse.ArgumentParser(add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     size.add_argument("--vocab", type=int, default=50000)

@@ -465,6 +465,15 @@ def table(summaries: dict[str, dict]) -> str:
     return "\n".join("  ".join(pad(*cell) for pad, *cell in zip(pads, line, widths)) for line in lines)
 
 
+def print_answers(name: str, rows: list[dict]) -> None:
+    """Prompt, response, verdict."""
+    for row in rows:
+        verdicts = ", ".join(f"{check}: {'-' if row[check] is None else 'yes' if row[check] else 'NO'}" for check in TASKS[name].checks)
+        print(f"{row['prompt']}  ->  {row['response']}    [{verdicts}]")
+    if rows:
+        print()
+
+
 def _percent(summary: dict, verdict: str) -> str:
     if summary[verdict] is None:
         return "-"
@@ -520,6 +529,7 @@ def parse_args(argv=None):
     a("--temperature", type=n(float, low=0), default=0.0, help="Edit Flows: 0 takes the likeliest token for every edit")
     a("--seed", type=n(int, low=0), default=42, help="of everything random")
     a("--batch_size", type=at_least_1, default=8, help="samples decoded together; changes the speed, not the answers")
+    a("--show_answers", type=n(int, low=0), default=0, help="print the first answers of each task with their verdicts")
     f.flag("--bf16", default=torch.cuda.is_available(), help="weights in bfloat16")
     f.flag("--allow_code_execution", help="run the generated programs, which execution.py confines")
     return f.parse_args(argv)
@@ -597,7 +607,9 @@ def report(args, samples: dict[str, list[Sample]], where: dict, settings: dict, 
     summaries, notes = {}, []
     for name in samples:
         task = TASKS[name]
-        summary = summarise(name, merge(name, samples[name], out))
+        rows = merge(name, samples[name], out)
+        print_answers(name, rows[: args.show_answers])
+        summary = summarise(name, rows)
         version = f" ({task.package} {installed(task.package)})" if task.package else ""
         summary |= {"judge": task.judge + version, "data": where[name] or task.hub or "built in"}
         summary["init_num"] = args.init_num or task.init_num
