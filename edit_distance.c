@@ -31,14 +31,16 @@
 
    The wavefront.  A pattern has many words of 64 rows. Word w needs, from the word below it, the horizontal difference
    of that word's last row in the same column. So LANES words run side by side in one vector, each a column behind the
-   one below: in step t, lane l is at column t - l. Longer patterns take several such strips, one after the other.  */
+   one below: in step t, lane l is at column t - l. Longer patterns take several such strips, one after the other; of
+   short ones, two share a strip, half the lanes each.  */
 
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { KEEP, SUB, DEL, INS };
-enum { LANES = 8, STRIP = 64 * LANES }; /* words of a vector, table rows of a strip */
+enum { LANES = 8 };                             /* words of a vector */
+enum { STRIP = 64 * LANES, SHORT = STRIP / 2 }; /* table rows of a strip, and of half a strip */
 
 typedef uint64_t vector __attribute__((vector_size(8 * LANES)));
 
@@ -57,6 +59,8 @@ typedef uint64_t vector __attribute__((vector_size(8 * LANES)));
 typedef struct { /* one pair at work, after its common prefix; the memory is kept from pair to pair */
     const int32_t *noisy, *clean;
     int64_t n, m;
+    uint8_t *script; /* where its script goes on, behind the common prefix */
+    int64_t *length; /* where the length of its script goes, which so far is that of the prefix */
     char *memory;
     size_t capacity;
 
@@ -64,6 +68,7 @@ typedef struct { /* one pair at work, after its common prefix; the memory is kep
 
     const int32_t *pattern, *text;
     int64_t rows, columns, steps;
+    int first_lane;     /* 0, but LANES / 2 for the second of two pairs that share a strip */
     vector *bits;       /* [strips][steps][2]: d0, "deleting is optimal" */
     vector *rows_of;    /* [1 + distinct text tokens]: the rows of the strip in which a token stands; [0] is empty */
     uint32_t *text_id;  /* [steps]: the text, reversed, as 1, 2, ... in order of appearance, then 0 */
@@ -93,7 +98,7 @@ static int reserve(pair *p, size_t bytes)
 /* ---- Close pairs ---- */
 
 /* reach[d], to be indexed by the diagonal k, which lies within d of the diagonal n - m of the table's far corner. Two
-   more entries on either side stay out of reach: level d + 1 goes one diagonal further, and asks that one's neighbour. */
+   more entries on either side are far away: level d + 1 goes one diagonal further, and asks that one's neighbour. */
 static int64_t *level(const pair *p, int64_t d) { return p->reach + d * (d + 4) + d + 2 - (p->n - p->m); }
 
 /* Fills reach[0 .. distance] and returns the distance, -1 if that would take longer than the bits, -2 out of memory. */
@@ -148,19 +153,23 @@ static int set_up(pair *p)
     p->pattern = noisy_is_pattern ? p->noisy : p->clean, p->rows = noisy_is_pattern ? p->n : p->m;
     p->text = noisy_is_pattern ? p->clean : p->noisy, p->columns = noisy_is_pattern ? p->m : p->n;
     p->steps = p->columns + LANES - 1;
+    p->first_lane = 0;
+    int64_t steps = p->rows <= SHORT ? SHORT + LANES - 1 : p->steps; /* its partner may have more columns */
     for (p->slot_bits = 4; (int64_t)1 << p->slot_bits < 8 * p->columns && p->slot_bits < 32; p->slot_bits++);
     for (;;) {
         char *end = p->memory;
         p->rows_of = carve(&end, (1 + p->columns) * sizeof(vector));
-        p->text_id = carve(&end, p->steps * sizeof(uint32_t));
-        p->carry[0] = carve(&end, p->steps * sizeof(uint64_t));
-        p->carry[1] = carve(&end, p->steps * sizeof(uint64_t));
+        p->text_id = carve(&end, steps * sizeof(uint32_t));
+        p->carry[0] = carve(&end, steps * sizeof(uint64_t));
+        p->carry[1] = carve(&end, steps * sizeof(uint64_t));
         p->slots = carve(&end, sizeof(uint64_t) << p->slot_bits);
-        p->bits = carve(&end, vector_steps(p->rows, p->columns) * 2 * sizeof(vector));
+        p->bits = carve(&end, (p->rows + STRIP - 1) / STRIP * steps * 2 * sizeof(vector));
         size_t needed = end - p->memory;
-        if (needed <= p->capacity) return 0;
+        if (needed <= p->capacity) break;
         if (reserve(p, needed)) return -1;
     }
+    memset(p->text_id + p->columns, 0, (steps - p->columns) * sizeof(uint32_t));
+    return 0;
 }
 
 static uint64_t *find_slot(const pair *p, uint32_t token)
@@ -182,29 +191,32 @@ static uint32_t number_text(pair *p)
         if (!*slot) *slot = (uint64_t)token << 32 | ++distinct;
         p->text_id[c] = (uint32_t)*slot;
     }
-    memset(p->text_id + p->columns, 0, (LANES - 1) * sizeof(uint32_t));
     return distinct;
 }
 
-/* Lane l must see the eq of column t - l: three delay lines, of one, two and four steps, spell l in binary.
-   Before its column 0 a lane sees hn, not hp, from below, and that leaves vp and vn as they are. */
+/* Lane l must see the eq of column t - l: three delay lines, of one, two and four steps, spell l in binary. Before its
+   column 0 a lane gets hn, not hp, from below: vp and vn stay as they are. Between the halves of two short pairs
+   there is no delay of four, and the upper half, too, stands on the table's edge. */
 FOR_EACH_CPU
-static void fill_strip(const pair *p, vector *bits, int is_last)
+static void fill_strip(const pair *low, const pair *high, vector *bits, int is_last)
 {
     const vector one = {0, -1, 0, -1, 0, -1, 0, -1}, two = {0, 0, -1, -1, 0, 0, -1, -1};
-    const vector four = {0, 0, 0, 0, -1, -1, -1, -1};
-    const vector rows_delete = (vector){0} - (uint64_t)(p->pattern == p->noisy);
-    uint64_t *carry_p = p->carry[0], *carry_n = p->carry[1];
-    vector vp = ~(vector){0}, vn = {0}, hp = {0}, hn = ~(vector){0};
-    vector a1 = {0}, b1 = {0}, b2 = {0}, c1 = {0}, c2 = {0}, c3 = {0}, c4 = {0};
-    for (int64_t t = 0; t < p->steps; t++) {
-        vector a = p->rows_of[p->text_id[t]];
+    const vector upper = {0, 0, 0, 0, -1, -1, -1, -1}, none = {0};
+    const vector four = low == high ? upper : none, edge = low == high ? none : (vector){0, 0, 0, 0, -1, 0, 0, 0};
+    const vector rows_delete = ((none - (uint64_t)(low->pattern == low->noisy)) & ~upper) |
+                               ((none - (uint64_t)(high->pattern == high->noisy)) & upper);
+    uint64_t *carry_p = low->carry[0], *carry_n = low->carry[1];
+    vector vp = ~none, vn = none, hp = none, hn = ~none;
+    vector a1 = none, b1 = none, b2 = none, c1 = none, c2 = none, c3 = none, c4 = none;
+    for (int64_t t = 0; t < low->steps; t++) {
+        vector a = low->rows_of[low->text_id[t]] | high->rows_of[high->text_id[t]];
         vector b = (a & ~one) | (a1 & one);
         vector c = (b & ~two) | (b2 & two);
         vector eq = (c & ~four) | (c4 & four);
         a1 = a, b2 = b1, b1 = b, c4 = c3, c3 = c2, c2 = c1, c1 = c;
 
-        vector hp_below = LANES_UP(hp, carry_p[t]) >> 63, hn_below = LANES_UP(hn, carry_n[t]) >> 63;
+        vector hp_below = (LANES_UP(hp, carry_p[t]) | edge) >> 63;
+        vector hn_below = (LANES_UP(hn, carry_n[t]) & ~edge) >> 63;
         eq |= hn_below;
         vector d0 = (((eq & vp) + vp) ^ vp) | eq | vn;
         hp = vn | ~(d0 | vp);
@@ -222,21 +234,31 @@ static void fill_strip(const pair *p, vector *bits, int is_last)
     }
 }
 
-static int fill_bits(pair *p)
+static void find_rows(pair *p, int64_t first, uint32_t distinct)
 {
-    if (set_up(p)) return -1;
-    uint32_t distinct = number_text(p);
-    for (int64_t t = 0; t < p->steps; t++) p->carry[0][t] = -1, p->carry[1][t] = 0; /* the table's edge grows by one */
-    for (int64_t first = 0; first < p->rows; first += STRIP) {
-        memset(p->rows_of, 0, (1 + (size_t)distinct) * sizeof(vector));
-        for (int64_t r = 0; r < least(STRIP, p->rows - first); r++) {
-            uint32_t id = *find_slot(p, p->pattern[p->rows - 1 - first - r]);
-            ((uint64_t *)&p->rows_of[id])[r / 64] |= (uint64_t)1 << r % 64;
-        }
-        p->rows_of[0] = (vector){0};
-        fill_strip(p, p->bits + first / STRIP * p->steps * 2, first + STRIP >= p->rows);
+    memset(p->rows_of, 0, (1 + (size_t)distinct) * sizeof(vector));
+    for (int64_t r = 0; r < least(STRIP, p->rows - first); r++) {
+        uint32_t id = *find_slot(p, p->pattern[p->rows - 1 - first - r]);
+        ((uint64_t *)&p->rows_of[id])[p->first_lane + r / 64] |= (uint64_t)1 << r % 64;
     }
-    return 0;
+    p->rows_of[0] = (vector){0};
+}
+
+/* One pair (low == high) or two short ones. */
+static void fill_bits(pair *low, pair *high)
+{
+    uint32_t distinct = number_text(low);
+    if (low != high) {
+        high->first_lane = LANES / 2;
+        high->bits = low->bits;
+        low->steps = high->steps = low->steps < high->steps ? high->steps : low->steps;
+        find_rows(high, 0, number_text(high));
+    }
+    for (int64_t t = 0; t < low->steps; t++) low->carry[0][t] = -1, low->carry[1][t] = 0; /* the edge grows by one */
+    for (int64_t first = 0; first < low->rows; first += STRIP) {
+        find_rows(low, first, distinct);
+        fill_strip(low, high, low->bits + first / STRIP * low->steps * 2, first + STRIP >= low->rows);
+    }
 }
 
 static inline int edit_from_bits(const pair *p, int64_t i, int64_t j)
@@ -245,17 +267,18 @@ static inline int edit_from_bits(const pair *p, int64_t i, int64_t j)
     uint64_t r = p->pattern == p->noisy ? from_end_of_noisy : from_end_of_clean;
     uint64_t c = p->pattern == p->noisy ? from_end_of_clean : from_end_of_noisy;
     uint64_t lane = r / 64 % LANES;
-    const uint64_t *word = (uint64_t *)&p->bits[(r / STRIP * p->steps + c + lane) * 2] + lane;
+    const uint64_t *word = (uint64_t *)&p->bits[(r / STRIP * p->steps + c + lane) * 2] + p->first_lane + lane;
     if (!(word[0] >> r % 64 & 1)) return SUB;
     return INS - (word[LANES] >> r % 64 & 1);
 }
 
 /* ---- What Python calls ---- */
 
-/* Writes the script from the front, and returns its end. d is the distance of a close pair, else -1. */
-static uint8_t *trace(const pair *p, int64_t d, uint8_t *script)
+/* Writes the script from the left. d is the distance of a close pair, else -1. */
+static void trace(const pair *p, int64_t d)
 {
     int64_t i = 0, j = 0;
+    uint8_t *script = p->script;
     while (i < p->n && j < p->m) {
         if (p->noisy[i] == p->clean[j]) {
             *script++ = KEEP, i++, j++;
@@ -263,14 +286,11 @@ static uint8_t *trace(const pair *p, int64_t d, uint8_t *script)
         }
         int op = d >= 0 ? edit_from_diagonals(p, i, j, d--) : edit_from_bits(p, i, j);
         *script++ = op;
-        if (op == SUB)
-            i++, j++;
-        else
-            i += op == DEL, j += op == INS;
+        i += op != INS, j += op != DEL;
     }
     memset(script, DEL, p->n - i), script += p->n - i;
     memset(script, INS, p->m - j), script += p->m - j;
-    return script;
+    *p->length += script - p->script;
 }
 
 /* Scripts of pairs first, first + step, ... of all `pairs`. Sequences lie end to end, between their fences; the script
@@ -278,21 +298,34 @@ static uint8_t *trace(const pair *p, int64_t d, uint8_t *script)
 int edit_scripts(int64_t pairs, int64_t first, int64_t step, const int32_t *noisy, const int64_t *noisy_fence,
                  const int32_t *clean, const int64_t *clean_fence, uint8_t *script, int64_t *length)
 {
-    pair p = {0};
-    int failed = 0;
+    pair work[2] = {0};
+    int waiting = 0, failed = 0; /* work[0] may be waiting for another short pair */
     for (int64_t b = first; b < pairs && !failed; b += step) {
-        uint8_t *start = script + noisy_fence[b] + clean_fence[b], *end = start;
-        p.noisy = noisy + noisy_fence[b], p.n = noisy_fence[b + 1] - noisy_fence[b];
-        p.clean = clean + clean_fence[b], p.m = clean_fence[b + 1] - clean_fence[b];
-        while (p.n && p.m && *p.noisy == *p.clean) *end++ = KEEP, p.noisy++, p.clean++, p.n--, p.m--;
-        int64_t d = 0;
-        if (p.n && p.m) {
-            d = fill_diagonals(&p);
-            failed = d == -2 || (d == -1 && fill_bits(&p));
+        pair *p = &work[waiting];
+        p->noisy = noisy + noisy_fence[b], p->n = noisy_fence[b + 1] - noisy_fence[b];
+        p->clean = clean + clean_fence[b], p->m = clean_fence[b + 1] - clean_fence[b];
+        p->script = script + noisy_fence[b] + clean_fence[b], p->length = &length[b];
+        int64_t same = 0, d = 0;
+        while (same < least(p->n, p->m) && p->noisy[same] == p->clean[same]) p->script[same++] = KEEP;
+        p->noisy += same, p->n -= same, p->clean += same, p->m -= same, p->script += same, *p->length = same;
+
+        if (p->n && p->m) d = fill_diagonals(p);
+        failed = d == -2 || (d == -1 && set_up(p));
+        if (d >= 0) {
+            trace(p, d);
+        } else if (failed) {
+            break;
+        } else if (p->rows > SHORT) {
+            fill_bits(p, p), trace(p, -1);
+        } else if (!waiting) {
+            waiting = 1;
+        } else {
+            fill_bits(&work[0], &work[1]), trace(&work[0], -1), trace(&work[1], -1);
+            waiting = 0;
         }
-        if (!failed) length[b] = trace(&p, d, end) - start;
     }
-    free(p.memory);
+    if (waiting) fill_bits(&work[0], &work[0]), trace(&work[0], -1);
+    free(work[0].memory), free(work[1].memory);
     return failed ? -1 : 0;
 }
 

@@ -138,8 +138,8 @@ def _call(function, pairs, threads, *arguments):
     """function(pairs, first, step, *arguments) for all pairs, divided between the threads."""
     if threads < 1:
         raise ValueError(f"threads is {threads}, must be at least 1")
-    ffi, types = _compiled.ffi, {"int32": "int32_t[]", "int64": "int64_t[]", "uint8": "uint8_t[]"}
-    arguments = [ffi.from_buffer(types[a.dtype.name], a) if isinstance(a, np.ndarray) else a for a in arguments]
+    ffi, types = _compiled.ffi, {1: "uint8_t[]", 4: "int32_t[]", 8: "int64_t[]"}
+    arguments = [ffi.from_buffer(types[a.itemsize], a) if isinstance(a, np.ndarray) else a for a in arguments]
     if threads == 1:
         failed = function(pairs, 0, 1, *arguments)
     else:

@@ -91,6 +91,16 @@ def test_script_at_strip_borders(n, m):
     assert edit_script(noisy, clean).tolist() == script_in_python(noisy, clean)
 
 
+def test_short_and_long_pairs_in_one_batch():
+    """Short pairs share vectors with each other, wherever they stand in the batch; close pairs need none."""
+    rng = np.random.default_rng(0)
+    lengths = rng.choice([0, 3, 100, 255, 256, 257, 300], (24, 2)).tolist()
+    noisy = [random_tokens(rng, n, 5) for n, _ in lengths]
+    clean = [random_tokens(rng, m, 5) if rng.random() < 0.8 else [9, *x] for (_, m), x in zip(lengths, noisy)]
+    for script, x, y in zip(edit_scripts(noisy, clean), noisy, clean):
+        assert script.tolist() == script_in_python(x, y)
+
+
 def brute_force_canonical(noisy, clean):
     """All scripts of a tiny pair, then the best: fewest edits, then first in KEEP < SUB < DEL < INS order."""
     if not noisy and not clean:
