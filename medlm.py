@@ -325,12 +325,13 @@ def propose_edits(
     odds[text, 0], odds[gaps, 1] = token_odds, insert_odds
     edits = torch.stack([op != KEEP, ins_token != GAP], 1)
     doubt = odds.new_zeros(len(x)).index_add_(0, x.batch, (odds.clamp(min=0) * edits).sum(1))
+    # Deletions make room; but max_edits may undo them, so then only the room that there is already counts.
+    taken = text[op[text] != DEL] if max_edits is None else text
+    free = room - torch.bincount(x.batch[taken], minlength=len(x))
+    edits[:, 1:] = surest(edits[:, 1:], odds[:, 1:], x, free)
     if max_edits is not None:
         edits = surest(edits, odds, x, torch.full_like(room, max_edits))
-    op = op.where(edits[:, 0], KEEP)
-    free = room - torch.bincount(x.batch[text[op[text] != DEL]], minlength=len(x))
-    inserts = surest(edits[:, 1:], odds[:, 1:], x, free)[:, 0]
-    return (op, sub_token, ins_token.where(inserts, GAP)), doubt
+    return (op.where(edits[:, 0], KEEP), sub_token, ins_token.where(edits[:, 1], GAP)), doubt
 
 
 def surest(edits: Tensor, odds: Tensor, x: Ragged, count: Tensor) -> Tensor:

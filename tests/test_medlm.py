@@ -459,16 +459,17 @@ def test_with_oracle_heads_decoding_reaches_the_target_from_any_draft_in_any_bat
     keys = range(20, 20 + len(cases))
     model = Oracle({key: case for key, case in zip(keys, cases)})
     prompts = [[key] + [8] * (n - 1) for key, (n, _, _) in zip(keys, cases)]
+    room = max(len(text) for _, *pair in cases for text in pair)  # no more than is needed: deletions must make room
     states = []
     decoded = medlm.decode(
-        model, prompts, TOKENS, init_num=9, mask_diffusion_step=steps, edit_diffusion_step=20, order=order,
+        model, prompts, TOKENS, init_num=room, mask_diffusion_step=steps, edit_diffusion_step=20, order=order,
         max_edits=max_edits, on_step=lambda t, x, op, sub, ins, label: states.append((label, x, op, ins)),
     )  # fmt: skip
     for d, (_, draft, target) in zip(decoded, cases):
         start = [t for t in itertools.takewhile(lambda t: t != EOS, draft) if t != PAD]
         assert d.draft == start
         assert d.response == target
-        assert d.mask_passes == min(steps, 9)
+        assert d.mask_passes == min(steps, room)
         assert d.edit_passes <= distance(start, target) + 1  # the last pass finds nothing left to do
     assert model.forwards == decoded[0].mask_passes + max(d.edit_passes for d in decoded)
     for label, x, op, ins in states:
@@ -549,12 +550,11 @@ def test_limited_edits_are_the_surest_ones():
     assert doubt.item() == pytest.approx(2 * (9 - 2) + 2 * (5 - 2))
 
 
-def test_an_insertion_does_not_run_over_the_room_that_deletions_and_limits_leave():
-    case = {20: (1, [0, 0, 0, 0], [1, 1, 1, 1])}
-    decoded = medlm.decode(
-        Oracle(case), [[20]], TOKENS, init_num=4, mask_diffusion_step=1, edit_diffusion_step=9, max_edits=1
-    )
-    assert decoded[0].response == [1, 1, 1, 1]
+def test_without_room_to_insert_a_limited_pass_deletes_first():
+    """The surest single edit is an insertion that does not fit until the deletion at the end has been made."""
+    case = {20: (1, [0, 0, 1, 1, 1, 0, 2, 2, 0], [0, 0, 1, 1, 1, 1, 0, 2, 2])}
+    steps = {"init_num": 9, "mask_diffusion_step": 1, "edit_diffusion_step": 9, "max_edits": 1}
+    assert medlm.decode(Oracle(case), [[20]], TOKENS, **steps)[0].response == case[20][2]
 
 
 # ---------------------------------------------------------------------------------------------------- decoder
