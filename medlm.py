@@ -285,16 +285,16 @@ def contents(x: Ragged, first: Tensor) -> list[list[int]]:
     return [row[start:-1] for row, start in zip(x.unpack(), first.tolist())]
 
 
-def edit_pass(x: Ragged, token: Tensor, following: Tensor, del_id: int) -> tuple[Tensor, Tensor, Tensor]:
+def edit_pass(x: Ragged, token: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Turn what the two heads say into one round of edits: the exact counterpart of `edit_labels`.
 
-    token int64 [T]: what each token becomes, del_id to delete it (its own id outside the response).
+    token int64 [T]: what each token becomes, GAP to delete it (its own id outside the response).
     following int64 [T]: which token should stand behind each (GAP outside the response, and for "nothing to insert").
     A survivor inserts unless that token is what the next survivor becomes. So a surviving token takes the decision made
     in front of the run of deleted tokens before it, the supervised one, and deleted tokens decide nothing.
     Returns op, sub_token, ins_token [T] for `apply_edits`.
     """
-    survives = token != del_id
+    survives = token != GAP
     row = torch.arange(len(token), device=token.device)
     at_or_after = torch.where(survives, row, len(token)).flip(0).cummin(0).values.flip(0)  # [T] next survivor, or T
     after = torch.cat([at_or_after[1:], at_or_after.new_tensor([len(token)])])
@@ -319,7 +319,8 @@ def propose_edits(
     token, token_odds = best_tokens(hidden, model.lm_head, where[text], [mask, pad, eos], x.ids[text])
     insert, insert_odds = best_tokens(hidden, model.next_token_head, where[gaps], [mask, pad, delete], x.ids[gaps + 1])
     following = torch.full_like(x.ids, GAP).index_copy(0, gaps, insert.masked_fill(insert == eos, GAP))
-    op, sub_token, ins_token = edit_pass(x, x.ids.index_copy(0, text, token), following, delete)
+    token = x.ids.index_copy(0, text, token.masked_fill(token == delete, GAP))  # a prompt may hold any id, delete's too
+    op, sub_token, ins_token = edit_pass(x, token, following)
 
     odds = torch.zeros(len(x.ids), 2, device=x.ids.device)  # [T, 2]: the token's own edit, the insertion behind it
     odds[text, 0], odds[gaps, 1] = token_odds, insert_odds

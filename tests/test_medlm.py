@@ -405,14 +405,14 @@ def test_random_order_depends_on_the_seed_alone():
 def test_the_example_in_the_header():
     so, three, plus, four, equals, seven = range(6)
     x = Ragged.pack([[10, so, three, plus, equals, seven, EOS]])
-    token = torch.tensor([10, DELETE, three, plus, equals, seven, EOS])
+    token = torch.tensor([10, GAP, three, plus, equals, seven, EOS])
     following = torch.tensor([three, so, plus, four, seven, EOS, GAP])
-    op, _, insert = edits = medlm.edit_pass(x, token, following, DELETE)
+    op, _, insert = edits = medlm.edit_pass(x, token, following)
     assert op.tolist() == [KEEP, DEL, KEEP, KEEP, KEEP, KEEP, KEEP]
     assert insert.tolist() == [GAP, GAP, GAP, four, GAP, GAP, GAP]
     assert apply_edits(x, *edits).unpack() == [[10, three, plus, four, equals, seven, EOS]]
     labels = edit_labels([so, three, plus, equals, seven], [three, plus, four, equals, seven], DELETE, EOS)
-    assert labels[0].tolist() == token[1:-1].tolist()
+    assert labels[0].tolist() == [DELETE, three, plus, equals, seven]
     assert labels[1].tolist() == [three, -100, plus, four, seven, EOS]
 
 
@@ -436,8 +436,9 @@ def test_following_the_labels_every_edit_pass_lowers_the_distance_until_the_targ
         outside = (x.positions < first[x.batch] - 1) | (x.ids == EOS)  # and outside the response there are no gaps
         following[outside] = GAP
         following[batch.insert_row] = batch.insert_target
-        token = x.ids.index_copy(0, batch.token_row, batch.token_target)
-        rows = apply_edits(x, *medlm.edit_pass(x, token, following, DELETE)).unpack()
+        target = batch.token_target.masked_fill(batch.token_target == DELETE, GAP)
+        token = x.ids.index_copy(0, batch.token_row, target)
+        rows = apply_edits(x, *medlm.edit_pass(x, token, following)).unpack()
         for row, before, (n, _, target) in zip(rows, distances, cases):
             assert row[:n] == [9] * n
             assert row[-1] == EOS
@@ -450,15 +451,18 @@ drafts = st.lists(st.sampled_from([0, 1, 2, PAD, EOS]), max_size=9)
 
 @given(
     st.lists(st.tuples(st.integers(1, 3), drafts, texts), min_size=1, max_size=5),
+    st.permutations([MASK, PAD, DELETE, EOS]),
     st.integers(1, 12),
     st.sampled_from(medlm.ORDERS),
     st.sampled_from([None, 1, 3]),
 )
 @settings(deadline=None, max_examples=150)
-def test_with_oracle_heads_decoding_reaches_the_target_from_any_draft_in_any_batch(cases, steps, order, max_edits):
+def test_with_oracle_heads_decoding_reaches_the_target_from_any_draft_in_any_batch(
+    cases, special, steps, order, max_edits
+):
     keys = range(20, 20 + len(cases))
     model = Oracle({key: case for key, case in zip(keys, cases)})
-    prompts = [[key] + [8] * (n - 1) for key, (n, _, _) in zip(keys, cases)]
+    prompts = [[key, *special[: n - 1]] for key, (n, _, _) in zip(keys, cases)]
     room = max(len(text) for _, *pair in cases for text in pair)  # no more than is needed: deletions must make room
     states = []
     decoded = medlm.decode(
@@ -473,6 +477,7 @@ def test_with_oracle_heads_decoding_reaches_the_target_from_any_draft_in_any_bat
         assert d.edit_passes <= distance(start, target) + 1  # the last pass finds nothing left to do
     assert model.forwards == decoded[0].mask_passes + max(d.edit_passes for d in decoded)
     for label, x, op, ins in states:
+        assert [row[:n] for row, (n, _, _) in zip(x.unpack(), cases)] == prompts  # special tokens in them included
         if label == "edit" and max_edits:
             per_sequence = torch.zeros(len(x)).index_add_(0, x.batch, (op != KEEP).float() + (ins != GAP))
             assert per_sequence.max() <= max_edits
