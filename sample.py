@@ -105,7 +105,7 @@ def generate(
                 f"a prompt of {longest} tokens and --init_num {args.init_num} exceed the model's {limit} positions"
             )
         decoded = medlm.decode(
-            model, prompts, tokenizer.tokens, init_num=args.init_num, mask_diffusion_step=args.mask_diffusion_step,
+            model, prompts, medlm.special_tokens(tokenizer), init_num=args.init_num, mask_diffusion_step=args.mask_diffusion_step,
             edit_diffusion_step=args.edit_diffusion_step, order=args.order, max_edits=args.max_edits, seeds=seeds, on_step=on_step,
         )  # fmt: skip
         return [

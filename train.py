@@ -261,7 +261,7 @@ def loss_function(args, model, tokenizer, device):
 
         return editflow_loss
 
-    tokens = tokenizer.tokens
+    tokens = medlm.special_tokens(tokenizer)
 
     def medlm_loss(module, examples, key, progress):
         shared = seeded(*key[:2])  # (seed, step): the same on every rank, so all ranks make the same passes
@@ -269,7 +269,7 @@ def loss_function(args, model, tokenizer, device):
             plan = medlm.plan_rollout(progress, args.mask_diffusion_pred_per_step, args.max_diffusion_steps, shared)
             batch = medlm.rollout(model, examples, plan, tokens, min_t=args.intermediate_min_t, max_t=args.intermediate_max_t,
                                   order=args.rollout_order, generator=seeded(*key))  # fmt: skip
-            return module(medlm.rollout_loss, batch.to(device))
+            return module(medlm.rollout_loss, batch)
         batch = medlm.mask_batch(
             examples, mask_id=tokens["mask"], min_t=args.min_t, max_t=args.max_t, generator=seeded(*key)
         )
@@ -375,7 +375,7 @@ def prepare_model(args, resume: Path | None, texts, ranks: Ranks):
         if kind == "masks" and tokenizer.mask_id is None:
             raise ValueError("--x0_sampler masks: the tokenizer has no mask token; convert.py --to editflow adds one")
     else:
-        medlm.check_tokens(tokenizer.tokens)
+        medlm.special_tokens(tokenizer)
         if args.copy_head and not resume:
             model.next_token_head.load_state_dict(model.lm_head.state_dict())
     model.model.gradient_checkpointing = args.gradient_checkpointing
@@ -498,7 +498,7 @@ def train(args, ranks: Ranks) -> None:
                 with contextlib.nullcontext() if last or ranks.world == 1 else ddp.no_sync(), autocast:
                     loss, parts = loss_of(ddp, examples, key, step / steps)
                 (loss / len(batches)).backward()
-                log.add(parts, sum(len(e) for e in examples))
+                log.add({"loss": loss.detach(), **parts}, sum(len(e) for e in examples))
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -547,15 +547,15 @@ def unigram(examples: list, vocab_size: int) -> torch.Tensor:
 def evaluate(loss_of, module, examples: list, args, ranks: Ranks) -> dict[str, float]:
     """Mean loss on the held-out examples. The noise depends on the batch number alone, so that figures compare."""
     module.eval()
-    size, sums, count = args.per_device_eval_batch_size, {}, 0
+    size, sums, counts = args.per_device_eval_batch_size, {}, {}
     batches = [examples[i : i + size] for i in range(0, len(examples), size)]
     for i in range(ranks.rank, len(batches), ranks.world):
-        _, parts = loss_of(module.module if ranks.world > 1 else module, batches[i], (0, i, 0), 1.0)
-        for name, value in parts.items():
+        loss, parts = loss_of(module.module if ranks.world > 1 else module, batches[i], (0, i, 0), 1.0)
+        for name, value in {"loss": loss, **parts}.items():
             sums[name] = sums.get(name, 0.0) + float(value) * len(batches[i])
-        count += len(batches[i])
+            counts[name] = counts.get(name, 0) + len(batches[i])
     module.train()
-    return {f"eval_{name}": value for name, value in ranks.mean({k: v / count for k, v in sums.items()}).items()}
+    return {f"eval_{name}": value for name, value in ranks.mean({k: v / counts[k] for k, v in sums.items()}).items()}
 
 
 def show_samples(model, tokenizer, examples: list, args, ranks: Ranks) -> None:
@@ -574,7 +574,7 @@ def show_samples(model, tokenizer, examples: list, args, ranks: Ranks) -> None:
         decoded = medlm.decode(
             model,
             prompts,
-            tokenizer.tokens,
+            medlm.special_tokens(tokenizer),
             init_num=longest,
             mask_diffusion_step=-(-longest // 4),
             edit_diffusion_step=4,

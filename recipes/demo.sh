@@ -4,7 +4,7 @@
 # being written. `make demo` runs this; a second run finds the trained model and goes straight to the answers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python}
+[ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python} || PYTHON=${PYTHON:-python}
 OUT=${OUT:-out/demo}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 

@@ -1,0 +1,93 @@
+"""The table and the plot of recipes/toy_medlm.sh: answers right and responses wholly valid against decoder passes.
+
+For S passes, stage 2 and the compute-matched stage 2 fill the masks in S passes. Stage 3 spends a quarter of them on
+edits, as the paper does (48 + 16): E = max(1, S // 4) edit passes, at most, after S - E mask passes.
+
+    python recipes/toy_table.py [out/toy_medlm] [--plot FILE.png]
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data
+import medlm
+import models
+from plot import Series, line_chart
+
+PASSES = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+STAGES = ("stage2", "matched", "stage3")
+MASKS = 24  # the longest response, as trained with --pad_len 24
+
+
+def split(stage: str, passes: int) -> tuple[int, int]:
+    """(mask passes, edit passes)"""
+    edits = max(1, passes // 4) if stage == "stage3" and passes > 1 else 0
+    return passes - edits, edits
+
+
+@torch.no_grad()
+def measure(checkpoint: Path) -> dict[int, tuple[float, float]]:
+    """S -> (share of answers right, share of responses valid) on all held-out prompts. Kept beside the checkpoint."""
+    kept = checkpoint / "passes.json"
+    if kept.is_file():
+        return {int(s): tuple(v) for s, v in json.loads(kept.read_text()).items()}
+    directory = models.local_path(str(checkpoint))
+    model, tokenizer = models.load(str(directory)).eval(), data.load_tokenizer(directory)
+    questions = data.toy_prompts("test")
+    prompts = [data.encode_prompt([{"role": "user", "content": q}], tokenizer) for q in questions]
+    result = {}
+    for passes in tqdm(PASSES, desc=str(checkpoint), leave=False):
+        masks, edits = split(checkpoint.name, passes)
+        decoded = medlm.decode(
+            model, prompts, medlm.special_tokens(tokenizer),
+            init_num=MASKS, mask_diffusion_step=masks, edit_diffusion_step=edits,
+        )  # fmt: skip
+        checks = [data.toy_check(q, tokenizer.decode(d.response)) for q, d in zip(questions, decoded)]
+        result[passes] = tuple(sum(column) / len(checks) for column in zip(*checks))
+    kept.write_text(json.dumps(result))
+    return result
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean over the seeds and its standard error; with one seed the error is that of 304 prompts."""
+    n, mean = len(values), sum(values) / len(values)
+    if n == 1:
+        return mean, math.sqrt(mean * (1 - mean) / len(data.toy_prompts("test")))
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="?", default="out/toy_medlm", type=Path)
+    parser.add_argument("--plot", default="toy_medlm.png")
+    args = parser.parse_args()
+    seeds = sorted(d for d in args.runs.glob("seed*") if all((d / s / "checkpoint-final").is_dir() for s in STAGES))
+    if not seeds:
+        sys.exit(f"{args.runs}: no finished seed; run recipes/toy_medlm.sh 1 first")
+    measured = {stage: [measure(seed / stage) for seed in seeds] for stage in STAGES}
+    series = []
+    for what, name in enumerate(("answers right", "responses valid")):
+        print(f"\n{name}, {len(seeds)} seeds, {len(data.toy_prompts('test'))} held-out prompts, percent")
+        print("passes " + "".join(f"{p:>12}" for p in PASSES))
+        for stage in STAGES:
+            points = [mean_and_error([run[p][what] for run in measured[stage]]) for p in PASSES]
+            print(f"{stage:7}" + "".join(f"{100 * m:7.1f} ±{100 * e:4.1f}" for m, e in points))
+            label = f"{stage}, {name}"
+            style = "both" if what == 0 else "line"
+            series.append(Series(label, list(PASSES), [100 * m for m, _ in points], style, error=[100 * e for _, e in points]))
+        gains = [min(a[p][what] - b[p][what] for a, b in zip(measured["stage3"], measured["matched"])) for p in PASSES]
+        print("worst  " + "".join(f"{100 * g:+12.1f}" for g in gains) + "   stage3 - matched, worst seed")
+    line_chart(series, args.plot, "Toy task: edits against more mask passes", "passes", "percent", log_x=True, x_ticks=list(PASSES))
+    print(f"\nplot in {args.plot}")
+
+
+if __name__ == "__main__":
+    main()
