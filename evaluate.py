@@ -47,10 +47,9 @@ from tqdm import tqdm
 
 import cli
 import data
-import editflow
 import execution
-import medlm
 import models
+import sample as sampler
 
 # --------------------------------------------------------------------------- finding the answer, and judging it
 #
@@ -285,48 +284,21 @@ class Answer:
     edit_passes: int = 0
 
 
-def medlm_generator(model, tokenizer, args) -> Callable[..., list[Answer]]:
-    """Draft, then edit; see medlm.decode."""
-    tokens = medlm.special_tokens(tokenizer)
+def generator(model, tokenizer, args) -> Callable[..., list[Answer]]:
+    """sampler.generate, from samples to answers. Edit Flows has no draft and makes one pass per step."""
+    steps = sampler.passes(model, args) if model.config.nanoedit["method"] == "editflow" else 0
 
     def generate(samples: list[Sample], init_num: int) -> list[Answer]:
-        decoded = medlm.decode(
-            model,
-            [data.encode_prompt(sample.messages, tokenizer) for sample in samples],
-            tokens,
-            init_num=init_num,
-            mask_diffusion_step=args.mask_diffusion_step,
-            edit_diffusion_step=args.edit_diffusion_step,
-            order=args.order,
-            seeds=[sample.seed for sample in samples],
-        )
-        text = tokenizer.decode
-        return [Answer(text(d.response), len(d.response), text(d.draft), d.mask_passes, d.edit_passes) for d in decoded]
-
-    return generate
-
-
-def editflow_generator(model, tokenizer, args) -> Callable[..., list[Answer]]:
-    """The chain from the checkpoint's own x0, one model pass per step; see editflow.sample. init_num plays no part."""
-    source = editflow.source(model.config.nanoedit.get("x0_sampler", "empty"))
-    if source.kind == "uniform":
-        raise ValueError("x0 'uniform' needs the token frequencies of the training data, which no checkpoint holds")
-    steps = max(1, round(1 / args.tau))
-
-    def text(ids: list[int]) -> str:
-        end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
-        return tokenizer.decode(ids[:end])
-
-    def generate(samples: list[Sample], init_num: int) -> list[Answer]:
-        sampled = editflow.sample(
-            model,
-            [data.encode_prompt(sample.messages, tokenizer) for sample in samples],
-            x0=[source.draw(sample.record.get("draft"), tokenizer.mask_id, None, None) for sample in samples],
-            steps=steps,
-            seeds=[sample.seed for sample in samples],
-            temperature=args.temperature,
-        )
-        return [Answer(text(s.response), len(s.response), edit_passes=steps) for s in sampled]
+        prompts = [data.encode_prompt(s.messages, tokenizer) for s in samples]
+        args.init_num = init_num
+        texts = sampler.generate(model, tokenizer, prompts, [s.seed for s in samples], args)
+        return [
+            Answer(
+                tokenizer.decode(text.ids), len(text.ids), text.details.get("draft"),
+                text.details.get("mask_passes", 0), text.details.get("edit_passes", steps),
+            )
+            for text in texts
+        ]  # fmt: skip
 
     return generate
 
@@ -468,7 +440,8 @@ def table(summaries: dict[str, dict]) -> str:
 def print_answers(name: str, rows: list[dict]) -> None:
     """Prompt, response, verdict."""
     for row in rows:
-        verdicts = ", ".join(f"{check}: {'-' if row[check] is None else 'yes' if row[check] else 'NO'}" for check in TASKS[name].checks)
+        words = {True: "yes", False: "NO", None: "not judged"}
+        verdicts = ", ".join(f"{check}: {words[row[check]]}" for check in TASKS[name].checks)
         print(f"{row['prompt']}  ->  {row['response']}    [{verdicts}]")
     if rows:
         print()
@@ -505,8 +478,8 @@ def installed(package: str) -> str | None:
 
 # The flags that an answer depends on, beside --init_num, which has a default per task.
 DECODING = {
-    "medlm": ("mask_diffusion_step", "edit_diffusion_step", "order", "bf16"),
-    "editflow": ("tau", "temperature", "bf16"),
+    "medlm": ("mask_diffusion_step", "edit_diffusion_step", "order", "max_edits", "bf16"),
+    "editflow": ("tau", "steps", "x0_sampler", "mask_length", "temperature", "top_k", "top_p", "bf16"),
 }
 
 
@@ -521,18 +494,15 @@ def parse_args(argv=None):
     a("--output_dir", default="evaluation", help="rows, merged rows, summary.json; a run found here is continued")
     a("--limit", type=at_least_1, help="only the first samples of each task")
     a("--system_prompt", help='instead of that of the task; "" for none')
-    a("--mask_diffusion_step", "-m", type=at_least_1, default=48, help="ME-DLM: passes that fill the masks")
-    a("--edit_diffusion_step", "-e", type=n(int, low=0), default=16, help="ME-DLM: passes that edit, at most")
-    a("--init_num", "-n", type=at_least_1, help="ME-DLM: masks to start from (default: 512; 32 for toy)")
-    a("--order", choices=medlm.ORDERS, default="confidence", help="ME-DLM: of filling the masks")
-    a("--tau", type=n(float, above=0, high=1), default=0.01, help="Edit Flows: step size, 1 / number of passes")
-    a("--temperature", type=n(float, low=0), default=0.0, help="Edit Flows: 0 takes the likeliest token for every edit")
     a("--seed", type=n(int, low=0), default=42, help="of everything random")
     a("--batch_size", type=at_least_1, default=8, help="samples decoded together; changes the speed, not the answers")
     a("--show_answers", type=n(int, low=0), default=0, help="print the first answers of each task with their verdicts")
     f.flag("--bf16", default=torch.cuda.is_available(), help="weights in bfloat16")
     f.flag("--allow_code_execution", help="run the generated programs, which execution.py confines")
-    return f.parse_args(argv)
+    sampler.decoding_flags(f, temperature=0.0, init_num=None)
+    args = f.parse_args(argv)
+    sampler.check_decoding(f, args)
+    return args
 
 
 def sources(args) -> dict[str, str | None]:
@@ -578,9 +548,7 @@ def load(args, checkpoint: Path) -> tuple[Callable[..., list[Answer]], str]:
     """(generate, method) of a checkpoint."""
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model = models.load(str(checkpoint), device=device, dtype=torch.bfloat16 if args.bf16 else torch.float32).eval()
-    method = model.config.nanoedit["method"]
-    generator = {"medlm": medlm_generator, "editflow": editflow_generator}[method]
-    return generator(model, data.load_tokenizer(checkpoint), args), method
+    return generator(model, data.load_tokenizer(checkpoint), args), model.config.nanoedit["method"]
 
 
 def main(argv=None) -> None:

@@ -47,35 +47,12 @@ def parse_args(argv=None):
     a("--output", default="-", help="a .jsonl file for the results (- prints them)")
     f.flag("--bf16", default=False, help="compute in bf16")
 
-    e = f.add_argument_group("Edit Flows").add_argument
-    e("--tau", type=n(above=0, high=1), default=None, help="time step; 0.01 makes 100 steps")
-    e("--steps", type=positive, default=None, help="the same as a number of steps")
-    e("--x0_sampler", default=None, help="where to start (default: as in training)")
-    e("--mask_length", type=n(int, low=0), default=None, help="start from this many masks")
-    e("--temperature", type=n(low=0), default=1.0, help="of the token distributions; 0 takes the most likely token")
-    e("--top_k", type=n(int, low=0), default=0, help="draw from the k most likely tokens (0: all)")
-    e(
-        "--top_p",
-        type=n(above=0, high=1),
-        default=1.0,
-        help="draw from the most likely tokens that hold this probability",
-    )
-
-    m = f.add_argument_group("ME-DLM").add_argument
-    m("--mask_diffusion_step", type=positive, default=48, help="passes that fill masks")
-    m("--edit_diffusion_step", type=n(int, low=0), default=16, help="most passes that edit")
-    m("--init_num", type=n(int, low=0), default=512, help="masks to start from: the longest possible answer")
-    m("--order", choices=medlm.ORDERS, default="confidence", help="which masks are filled first")
-    m("--max_edits", type=positive, default=None, help="most edits per pass (default: all)")
-
+    decoding_flags(f)
     f.flag("--show", help="watch the first text being written on the terminal")
     a("--make_gif", nargs="?", const="decode_trace.gif", metavar="FILE", help="draw the first text being written")
     a("--make_html", nargs="?", const="decode_trace.html", metavar="FILE", help="the same as a page to step through")
     args = f.parse_args(argv)
-    if args.tau and args.steps:
-        f.error("--tau and --steps say the same thing; give one of them")
-    if args.mask_length is not None and args.x0_sampler:
-        f.error("--mask_length N means --x0_sampler masks[length:N]; give one of them")
+    check_decoding(f, args)
     if args.interactive and (args.prompt or args.prompt_file):
         f.error("--interactive reads prompts from the terminal; leave out --prompt and --prompt_file")
     if args.output != "-" and args.interactive:
@@ -83,30 +60,62 @@ def parse_args(argv=None):
     return args
 
 
+def decoding_flags(f: cli.Flags, temperature: float = 1.0, init_num: int | None = 512) -> None:
+    """How to decode, for both methods: shared with evaluate.py."""
+    n, positive = cli.number, cli.number(int, low=1)
+    e = f.add_argument_group("Edit Flows").add_argument
+    e("--tau", type=n(above=0, high=1), help="time step of the chain; 0.01 (the default) makes 100 steps")
+    e("--steps", type=positive, help="the same as a number of steps")
+    e("--x0_sampler", help="where to start (default: as in training)")
+    e("--mask_length", type=n(int, low=0), help="start from this many masks")
+    e("--temperature", type=n(low=0), default=temperature, help="of the token distributions; 0 takes the likeliest")
+    e("--top_k", type=n(int, low=0), default=0, help="draw from the k most likely tokens (0: all)")
+    e("--top_p", type=n(above=0, high=1), default=1.0, help="draw from the likeliest tokens that hold this probability")
+
+    m = f.add_argument_group("ME-DLM").add_argument
+    m("--mask_diffusion_step", "-m", type=positive, default=48, help="passes that fill masks")
+    m("--edit_diffusion_step", "-e", type=n(int, low=0), default=16, help="most passes that edit")
+    m("--init_num", "-n", type=positive, default=init_num, help="masks to start from: the longest possible answer")
+    m("--order", choices=medlm.ORDERS, default="confidence", help="which masks are filled first")
+    m("--max_edits", type=positive, help="most edits per pass (default: all)")
+
+
+def check_decoding(f: cli.Flags, args) -> None:
+    if args.tau and args.steps:
+        f.error("--tau and --steps say the same thing; give one of them")
+    if args.mask_length is not None and args.x0_sampler:
+        f.error("--mask_length N means --x0_sampler masks[length:N]; give one of them")
+
+
 @dataclass
 class Text:
-    """One generated text: its token ids and how it came about."""
+    """One generated text: its token ids up to end-of-message, and how it came about."""
 
     ids: list[int]
     details: dict
 
 
-def generate(
-    model, tokenizer, prompts: list[list[int]], seeds: list[int], args, drafts=None, on_step=None
-) -> list[Text]:
-    """Answer all prompts (token ids) in one batch with the checkpoint's own method and the settings in args."""
-    longest = max(map(len, prompts))
-    limit = model.config.max_position_embeddings
-    if longest >= limit:
-        raise ValueError(f"a prompt of {longest} tokens leaves no room: the model has {limit} positions; shorten it")
-    if model.config.nanoedit["method"] == "medlm":
-        if longest + args.init_num > limit:
-            raise ValueError(
-                f"a prompt of {longest} tokens and --init_num {args.init_num} exceed the model's {limit} positions"
-            )
+def generate(model, tokenizer, prompts, seeds, args, drafts=None, on_step=None) -> list[Text]:
+    """Answer prompts (lists of token ids) in one batch with the checkpoint's own method and the settings in args.
+
+    drafts: token ids to start from, one per prompt, for Edit Flows. Raises ValueError for what the model cannot do.
+    """
+    longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
+    is_medlm = model.config.nanoedit["method"] == "medlm"
+    if is_medlm and drafts:
+        raise ValueError("--draft is for Edit Flows checkpoints; ME-DLM writes its draft itself")
+    x0 = None if is_medlm else starts(model, tokenizer, seeds, args, drafts)
+    room = args.init_num if is_medlm else max(map(len, x0))
+    if longest + max(room, 1) > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {room} to start from exceed the model's {limit} positions; shorten them"
+        )
+    if is_medlm:
         decoded = medlm.decode(
-            model, prompts, medlm.special_tokens(tokenizer), init_num=args.init_num, mask_diffusion_step=args.mask_diffusion_step,
-            edit_diffusion_step=args.edit_diffusion_step, order=args.order, max_edits=args.max_edits, seeds=seeds, on_step=on_step,
+            model, prompts, medlm.special_tokens(tokenizer),
+            init_num=args.init_num, mask_diffusion_step=args.mask_diffusion_step,
+            edit_diffusion_step=args.edit_diffusion_step, order=args.order, max_edits=args.max_edits,
+            seeds=seeds, on_step=on_step,
         )  # fmt: skip
         return [
             Text(
@@ -115,42 +124,46 @@ def generate(
             )
             for d in decoded
         ]
+    sampled = editflow.sample(
+        model, prompts, x0=x0, steps=passes(model, args), seeds=seeds,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, on_step=on_step,
+    )  # fmt: skip
+    names = ("substitutions", "deletions", "insertions")
+    return [
+        Text(until(s.response, tokenizer.eos_id), dict(zip(names, s.edits)) | {"left_over": round(s.left_over, 2)})
+        for s in sampled
+    ]
+
+
+def starts(model, tokenizer, seeds: list[int], args, drafts=None) -> list[list[int]]:
+    """x0 for Edit Flows, as the flags ask or else as in training."""
     spec = args.x0_sampler or model.config.nanoedit.get("x0_sampler", "empty")
-    start = editflow.source(
-        "draft" if drafts else f"masks[length:{args.mask_length}]" if args.mask_length is not None else spec
-    )
+    if args.mask_length is not None:
+        spec = f"masks[length:{args.mask_length}]"
+    start = editflow.source("draft" if drafts else spec)
+    unigram = getattr(model, "unigram", None)
     if start.kind == "draft" and not drafts:
         raise ValueError("this checkpoint edits drafts: give one with --draft, or another start with --x0_sampler")
     if start.kind == "masks" and tokenizer.mask_id is None:
-        raise ValueError(
-            "starting from masks needs a mask token, and the tokenizer has none; convert.py --to editflow adds one"
-        )
-    if longest + start.length > limit:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {start.length} to start from exceed the model's {limit} positions"
-        )
-    x0 = [
-        start.draw(
-            drafts and drafts[i],
-            tokenizer.mask_id,
-            getattr(model, "unigram", None),
-            torch.Generator().manual_seed(seed),
-        )
+        raise ValueError("starting from masks needs a mask token; `convert.py --to editflow` adds one")
+    if start.kind == "uniform" and unigram is None:
+        raise ValueError("starting from uniform needs the token frequencies of a checkpoint trained with that start")
+    return [
+        start.draw(drafts and drafts[i], tokenizer.mask_id, unigram, torch.Generator().manual_seed(seed))
         for i, seed in enumerate(seeds)
     ]
-    sampled = editflow.sample(
-        model, prompts, x0=x0, steps=args.steps or round(1 / (args.tau or 0.01)), seeds=seeds,
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, on_step=on_step,
-    )  # fmt: skip
-    names = ("substitutions", "deletions", "insertions", "left_over")
-    return [Text(s.response, dict(zip(names, (*s.edits, round(s.left_over, 2))))) for s in sampled]
+
+
+def until(ids: list[int], eos_id: int | None) -> list[int]:
+    """The tokens before the first end-of-message."""
+    return ids[: ids.index(eos_id)] if eos_id in ids else ids
 
 
 def passes(model, args) -> int:
-    """Steps of one batch, for the progress bar."""
+    """The most steps or passes that one batch takes."""
     if model.config.nanoedit["method"] == "medlm":
         return min(args.mask_diffusion_step, args.init_num) + args.edit_diffusion_step
-    return args.steps or round(1 / (args.tau or 0.01))
+    return args.steps or max(1, round(1 / (args.tau or 0.01)))
 
 
 def prompt_ids(tokenizer, messages: list[dict], args) -> list[int]:
@@ -181,27 +194,28 @@ def main(argv=None):
             len(prompt), tokenizer.pieces, tokenizer.mask_id, tokenizer.pad_id, live=sys.stdout if args.show else None
         )
     out = sys.stdout if args.output == "-" else open(args.output, "w", encoding="utf-8")  # noqa: SIM115
-    total = passes(model, args) * -(-len(jobs) // args.batch_size)
+    first, total = None, passes(model, args) * -(-len(jobs) // args.batch_size)
     with tqdm(total=total, unit="pass", file=sys.stderr, disable=bool(trace and trace.screen), leave=False) as bar:
         for i in range(0, len(jobs), args.batch_size):
             batch = jobs[i : i + args.batch_size]
 
-            def on_step(*step, first=i == 0):
+            def on_step(*step, is_first=i == 0):
                 bar.update()
-                if trace and first:
+                if trace and is_first:
                     trace.on_step(*step)
 
             drafts = [draft] * len(batch) if draft is not None else None
             texts = generate(
                 model, tokenizer, [ids for _, ids, _ in batch], [seed for _, _, seed in batch], args, drafts, on_step
             )
+            first = first or texts[0]
             for (messages, _, seed), text in zip(batch, texts):
                 write_result(out, messages, tokenizer.decode(text.ids), seed, text.details, len(jobs))
     if out is not sys.stdout:
         out.close()
         print(f"{len(jobs)} texts written to {args.output}", file=sys.stderr)
     if trace:
-        trace.finish()
+        trace.finish(final_state(model, tokenizer, jobs[0][1], first))
         if args.show and not trace.screen:
             show(trace)
         if args.make_gif:
@@ -210,6 +224,11 @@ def main(argv=None):
             write_html(trace, args.make_html)
         for file in filter(None, (args.make_gif, args.make_html)):
             print(f"decode drawn in {file}", file=sys.stderr)
+
+
+def final_state(model, tokenizer, prompt: list[int], text: Text) -> list[int] | None:
+    """What the trace ends with: for ME-DLM the text it settled on, which a cycle can make an earlier one."""
+    return [*prompt, *text.ids, tokenizer.eos_id] if model.config.nanoedit["method"] == "medlm" else None
 
 
 def check_writable(*files) -> None:
@@ -235,7 +254,8 @@ def write_result(out, messages, text: str, seed: int, details: dict, count: int)
     print(text, flush=True)
     if details.get("left_over", 0) > max(2, 0.05 * details["insertions"]):
         print(
-            f"note: the model still expected {details['left_over']:.0f} insertions at the end; more steps (a smaller --tau) give longer texts",
+            f"note: the model still expected {details['left_over']:.0f} insertions at the end; "
+            "more steps (a smaller --tau) give longer texts",
             file=sys.stderr,
         )
 
