@@ -1,12 +1,14 @@
 """Compiles edit_distance.c into an extension module next to it. `python build_ext.py`, or the first import does it.
 
-cffi's API mode checks the declarations below against the C source while compiling, and its calls release the GIL.
-Each build happens in a folder of its own and the finished library is moved into place in one step, so that the many
-processes of a torchrun, all importing for the first time, cannot damage each other's.
+cffi's API mode checks the declarations below against the C source while compiling, and its calls release the GIL. The
+library is built for the widest vectors of this machine and says so in its name, so machines that share a folder do not
+run each other's. Each build happens in a folder of its own and is moved into place in one step, so that the processes
+of a torchrun, all importing for the first time, cannot damage each other's either.
 """
 
 import importlib.util
 import os
+import platform
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -15,7 +17,6 @@ import cffi
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "edit_distance.c"
-LIBRARY = HERE / f"_edit_distance{sysconfig.get_config_var('EXT_SUFFIX')}"  # one per Python version and platform
 
 DECLARATIONS = """
     int edit_scripts(int64_t pairs, int64_t first, int64_t step, const int32_t *noisy, const int64_t *noisy_fence,
@@ -26,26 +27,43 @@ DECLARATIONS = """
 """
 
 
-def build() -> Path:
-    """Compiles the extension and returns its path. Raises cffi's VerificationError or OSError when it cannot."""
+def widest_vectors() -> str:
+    """One of "avx512f", "avx2" and "base"; the last is what every machine of the architecture has."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not cpuinfo.exists():
+        return "base"
+    flags = cpuinfo.read_text().split()
+    return next((name for name in ("avx512f", "avx2") if name in flags), "base")
+
+
+def library(vectors: str) -> Path:
+    """Where the library is: one per kind of machine and Python version."""
+    return HERE / f"_edit_distance.{vectors}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def build(vectors: str) -> Path:
+    """Compiles the library and returns its path. Raises cffi's VerificationError or OSError when it cannot."""
     builder = cffi.FFI()
     builder.cdef(DECLARATIONS)
-    builder.set_source("_edit_distance", SOURCE.read_text(), extra_compile_args=["-O3"], py_limited_api=False)
+    flags = ["-O3"] if vectors == "base" else ["-O3", f"-m{vectors}"]
+    builder.set_source("_edit_distance", SOURCE.read_text(), extra_compile_args=flags, py_limited_api=False)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=HERE) as folder:
-        os.replace(builder.compile(tmpdir=folder), LIBRARY)
-    return LIBRARY
+        os.replace(builder.compile(tmpdir=folder), library(vectors))
+    return library(vectors)
 
 
-def load():
+def load(vectors: str | None = None):
     """The compiled module, built first when it is missing or older than its sources."""
+    vectors = vectors or widest_vectors()
+    path = library(vectors)
     newest_source = max(SOURCE.stat().st_mtime, Path(__file__).stat().st_mtime)
-    if not LIBRARY.exists() or LIBRARY.stat().st_mtime < newest_source:
-        build()
-    spec = importlib.util.spec_from_file_location("_edit_distance", LIBRARY)
+    if not path.exists() or path.stat().st_mtime < newest_source:
+        build(vectors)
+    spec = importlib.util.spec_from_file_location("_edit_distance", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 if __name__ == "__main__":
-    print(build())
+    print(build(widest_vectors()))

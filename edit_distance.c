@@ -39,21 +39,25 @@
 #include <string.h>
 
 enum { KEEP, SUB, DEL, INS };
-enum { LANES = 8 };                             /* words of a vector */
+/* Words of a vector: as many as a register of this machine holds (build_ext.py says which machine it is). */
+#if defined(__AVX512F__)
+enum { LANES = 8 };
+#define ONE_UP 8, 0, 1, 2, 3, 4, 5, 6
+#elif defined(__AVX2__)
+enum { LANES = 4 };
+#define ONE_UP 4, 0, 1, 2
+#else
+enum { LANES = 2 };
+#define ONE_UP 2, 0
+#endif
 enum { STRIP = 64 * LANES, SHORT = STRIP / 2 }; /* table rows of a strip, and of half a strip */
 
 typedef uint64_t vector __attribute__((vector_size(8 * LANES)));
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(ONE_CPU)
-#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"))) /* chosen when loaded */
-#else
-#define FOR_EACH_CPU
-#endif
-
 #ifdef __clang__
-#define LANES_UP(v, lowest) __builtin_shufflevector(v, (vector){lowest}, 8, 0, 1, 2, 3, 4, 5, 6)
+#define LANES_UP(v, lowest) __builtin_shufflevector(v, (vector){lowest}, ONE_UP)
 #else
-#define LANES_UP(v, lowest) __builtin_shuffle(v, (vector){lowest}, (vector){8, 0, 1, 2, 3, 4, 5, 6})
+#define LANES_UP(v, lowest) __builtin_shuffle(v, (vector){lowest}, (vector){ONE_UP})
 #endif
 
 typedef struct { /* one pair at work, after its common prefix; the memory is kept from pair to pair */
@@ -105,7 +109,7 @@ static int64_t *level(const pair *p, int64_t d) { return p->reach + d * (d + 4) 
 static int64_t fill_diagonals(pair *p)
 {
     const int64_t n = p->n, m = p->m, corner = n - m;
-    const double budget = 4.0 * least(n, m) + vector_steps(n, m) / 2; /* entries that cost as much as the bits would */
+    const double budget = 4 * least(n, m) + least(vector_steps(n, m) / 2, 1 << 20); /* entries worth a table of bits */
     if ((double)corner * corner > budget) return -1;
     if (reserve(p, (3 * budget + 32) * sizeof(int64_t))) return -2;
     p->reach = (int64_t *)p->memory;
@@ -139,6 +143,8 @@ static int edit_from_diagonals(const pair *p, int64_t i, int64_t j, int64_t d)
 
 /* ---- All others ---- */
 
+static int is_short(const pair *p) { return p->n <= SHORT && p->m <= SHORT; }
+
 static void *carve(char **memory, size_t bytes)
 {
     char *part = *memory;
@@ -154,7 +160,7 @@ static int set_up(pair *p)
     p->text = noisy_is_pattern ? p->clean : p->noisy, p->columns = noisy_is_pattern ? p->m : p->n;
     p->steps = p->columns + LANES - 1;
     p->first_lane = 0;
-    int64_t steps = p->rows <= SHORT ? SHORT + LANES - 1 : p->steps; /* its partner may have more columns */
+    int64_t steps = is_short(p) ? SHORT + LANES - 1 : p->steps; /* its partner may have more columns */
     for (p->slot_bits = 4; (int64_t)1 << p->slot_bits < 8 * p->columns && p->slot_bits < 32; p->slot_bits++);
     for (;;) {
         char *end = p->memory;
@@ -194,26 +200,35 @@ static uint32_t number_text(pair *p)
     return distinct;
 }
 
-/* Lane l must see the eq of column t - l: three delay lines, of one, two and four steps, spell l in binary. Before its
-   column 0 a lane gets hn, not hp, from below: vp and vn stay as they are. Between the halves of two short pairs
-   there is no delay of four, and the upper half, too, stands on the table's edge. */
-FOR_EACH_CPU
+/* The lanes in `late` get what came `steps` steps ago, which the line remembers. */
+static inline vector delay(vector now, vector *line, int steps, vector late)
+{
+    vector out = (now & ~late) | (line[steps - 1] & late);
+    for (int k = steps - 1; k > 0; k--) line[k] = line[k - 1];
+    line[0] = now;
+    return out;
+}
+
+/* Lane l must see the eq of column t - l: delays of one, two and four steps spell l in binary. Before its column 0 a
+   lane gets hn, not hp, from below: vp and vn stay as they are. Between two short pairs there is no delay, and the
+   upper one, too, stands on the table's edge. */
 static void fill_strip(const pair *low, const pair *high, vector *bits, int is_last)
 {
-    const vector one = {0, -1, 0, -1, 0, -1, 0, -1}, two = {0, 0, -1, -1, 0, 0, -1, -1};
-    const vector upper = {0, 0, 0, 0, -1, -1, -1, -1}, none = {0};
-    const vector four = low == high ? upper : none, edge = low == high ? none : (vector){0, 0, 0, 0, -1, 0, 0, 0};
-    const vector rows_delete = ((none - (uint64_t)(low->pattern == low->noisy)) & ~upper) |
-                               ((none - (uint64_t)(high->pattern == high->noisy)) & upper);
+    const vector none = {0};
+    vector one = none, two = none, upper = none, edge = none;
+    for (int l = 0; l < LANES; l++) one[l] = -(l & 1), two[l] = -(l >> 1 & 1), upper[l] = -(l >= LANES / 2);
+    vector rows_delete = low->pattern == low->noisy ? ~upper : none;
+    if (high->pattern == high->noisy) rows_delete |= upper;
+    if (low != high) upper = none, edge[LANES / 2] = -1;
+
     uint64_t *carry_p = low->carry[0], *carry_n = low->carry[1];
     vector vp = ~none, vn = none, hp = none, hn = ~none;
-    vector a1 = none, b1 = none, b2 = none, c1 = none, c2 = none, c3 = none, c4 = none;
+    vector line_1[1] = {0}, line_2[2] = {0}, line_half[LANES / 2] = {0};
     for (int64_t t = 0; t < low->steps; t++) {
-        vector a = low->rows_of[low->text_id[t]] | high->rows_of[high->text_id[t]];
-        vector b = (a & ~one) | (a1 & one);
-        vector c = (b & ~two) | (b2 & two);
-        vector eq = (c & ~four) | (c4 & four);
-        a1 = a, b2 = b1, b1 = b, c4 = c3, c3 = c2, c2 = c1, c1 = c;
+        vector eq = low->rows_of[low->text_id[t]] | high->rows_of[high->text_id[t]];
+        if (LANES > 2) eq = delay(eq, line_1, 1, one);
+        if (LANES > 4) eq = delay(eq, line_2, 2, two);
+        eq = delay(eq, line_half, LANES / 2, upper);
 
         vector hp_below = (LANES_UP(hp, carry_p[t]) | edge) >> 63;
         vector hn_below = (LANES_UP(hn, carry_n[t]) & ~edge) >> 63;
@@ -315,7 +330,7 @@ int edit_scripts(int64_t pairs, int64_t first, int64_t step, const int32_t *nois
             trace(p, d);
         } else if (failed) {
             break;
-        } else if (p->rows > SHORT) {
+        } else if (!is_short(p)) {
             fill_bits(p, p), trace(p, -1);
         } else if (!waiting) {
             waiting = 1;

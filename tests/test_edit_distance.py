@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import build_ext
 import edit_distance
 from edit_distance import (
     DEL,
@@ -84,7 +85,10 @@ def test_script_at_word_borders(symbols):
         assert script.tolist() == script_in_python(x, y)
 
 
-@pytest.mark.parametrize(("n", "m"), [(511, 512), (512, 513), (513, 70), (3, 1030), (1025, 130), (600, 600)])
+STRIP_BORDERS = [(511, 512), (512, 513), (513, 70), (256, 513), (513, 256), (3, 1030), (1025, 130), (600, 600)]
+
+
+@pytest.mark.parametrize(("n", "m"), STRIP_BORDERS)
 def test_script_at_strip_borders(n, m):
     rng = np.random.default_rng(n)
     noisy, clean = random_tokens(rng, n, 3), random_tokens(rng, m, 3)
@@ -97,6 +101,20 @@ def test_short_and_long_pairs_in_one_batch():
     lengths = rng.choice([0, 3, 100, 255, 256, 257, 300], (24, 2)).tolist()
     noisy = [random_tokens(rng, n, 5) for n, _ in lengths]
     clean = [random_tokens(rng, m, 5) if rng.random() < 0.8 else [9, *x] for (_, m), x in zip(lengths, noisy)]
+    for script, x, y in zip(edit_scripts(noisy, clean), noisy, clean):
+        assert script.tolist() == script_in_python(x, y)
+
+
+@pytest.mark.parametrize("vectors", ["base", "avx2", "avx512f"])
+def test_machines_with_narrower_vectors(vectors, tmp_path, monkeypatch):
+    narrower = ["base", "avx2", "avx512f"]
+    if vectors not in narrower[: narrower.index(build_ext.widest_vectors()) + 1]:
+        pytest.skip(f"this machine has no {vectors}")
+    monkeypatch.setattr(build_ext, "HERE", tmp_path)
+    monkeypatch.setattr(edit_distance, "_compiled", build_ext.load(vectors))
+    rng = np.random.default_rng(1)
+    noisy = [random_tokens(rng, n, 3) for n in [*BORDERS, 257] for _ in [*BORDERS, 257]]
+    clean = [random_tokens(rng, m, 3) for _ in [*BORDERS, 257] for m in [*BORDERS, 257]]
     for script, x, y in zip(edit_scripts(noisy, clean), noisy, clean):
         assert script.tolist() == script_in_python(x, y)
 
@@ -314,7 +332,8 @@ def test_many_processes_may_build_at_once(tmp_path):
 @pytest.mark.slow
 def test_a_library_older_than_its_source_is_built_again(tmp_path):
     copy_sources(tmp_path)
-    command = [sys.executable, "-W", "error", "-c", "import edit_distance, build_ext; print(build_ext.LIBRARY)"]
+    code = "import edit_distance, build_ext; print(build_ext.library(build_ext.widest_vectors()))"
+    command = [sys.executable, "-W", "error", "-c", code]
     library = Path(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout.strip())
     first = library.stat().st_mtime_ns
     subprocess.run(command, cwd=tmp_path, check=True)
