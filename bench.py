@@ -138,9 +138,11 @@ def loss_on_all_rows(model, batch, kappa):
     rates = model.rate_heads(hidden)
     can_edit, can_insert = editflow.editable(batch.x, batch.prompt_len)
     total = (weight * (can_edit * rates[:, :2].sum(1) + can_insert * rates[:, 2])).sum()
-    total = total - (weight[batch.sub_row] * (rates[batch.sub_row, 0].log() + sub_log_q[batch.sub_row, batch.sub_token])).sum()
-    total = total - (weight[batch.del_row] * rates[batch.del_row, 1].log()).sum()
-    total = total - (weight[batch.ins_row] * (rates[batch.ins_row, 2].log() + ins_log_q[batch.ins_row, batch.ins_token])).sum()
+    substitute, delete, insert = batch.sub_row, batch.del_row, batch.ins_row
+    log_sub = rates[substitute, 0].log() + sub_log_q[substitute, batch.sub_token]
+    log_ins = rates[insert, 2].log() + ins_log_q[insert, batch.ins_token]
+    for row, log in ((substitute, log_sub), (delete, rates[delete, 1].log()), (insert, log_ins)):
+        total = total - (weight[row] * log).sum()
     return total, {}
 
 
@@ -179,7 +181,8 @@ def bench_loss(args):
     torch.set_num_threads(args.threads)
     values = {name: step() for name, step in contestants.items()}
     seconds = take_turns(contestants, args.repeats)
-    rows = {"rows with an edit": len(batch.sub_row.unique()) + len(batch.ins_row.unique()), "all rows": 2 * len(batch.x.ids)}
+    edited = len(batch.sub_row.unique()) + len(batch.ins_row.unique())
+    rows = {"rows with an edit": edited, "all rows": 2 * len(batch.x.ids)}
     print(f"{len(batch.x)} sequences, {len(batch.x.ids)} tokens, V = {args.vocab}, {args.threads} threads, float32")
     print("vocabulary heads on    head rows      loss   ms / step   peak MB")
     for name in contestants:
@@ -213,7 +216,8 @@ def bench_sampling(args):
     seconds = take_turns(contestants, args.repeats)
     for name in contestants:
         print(f"{name:14} {tokens[name]} tokens, {tokens[name] / median(seconds[name]):8.1f} tokens/s")
-    print(f"{ratio(seconds['one at a time'], seconds['one batch']):.2f}x the tokens per second in one batch of {args.batch}")
+    faster = ratio(seconds["one at a time"], seconds["one batch"])
+    print(f"{faster:.2f}x the tokens per second in one batch of {args.batch}")
 
     for module in (model.model, model.rate_heads, model.sub_logits, model.ins_logits):
         start = []
@@ -229,7 +233,7 @@ def bench_sampling(args):
 
 
 def bench_attention(args):
-    """`models.attend` on CPU, forward and backward, against one padded and one masked call of PyTorch's own attention."""
+    """`models.attend` on CPU, forward and backward, against one padded and one masked call of PyTorch's attention."""
     torch.set_num_threads(args.threads)
     print("sequences  lengths     attend ms |  padded ms  ratio |  masked ms  ratio")
     for batch, low, high in ((32, 14, 30), (16, 65, 128), (8, 150, 256), (8, 300, 512)):
@@ -254,7 +258,8 @@ def bench_attention(args):
         s = take_turns(contestants, args.repeats)
         ms = {name: 1e3 * median(times) for name, times in s.items()}
         print(
-            f"{batch:9}  {low:3} - {high:3}  {ms['ours']:10.2f} | {ms['padded']:10.2f} {ratio(s['padded'], s['ours']):5.2f}x |"
+            f"{batch:9}  {low:3} - {high:3}  {ms['ours']:10.2f} |"
+            f" {ms['padded']:10.2f} {ratio(s['padded'], s['ours']):5.2f}x |"
             f" {ms['masked']:10.2f} {ratio(s['masked'], s['ours']):5.2f}x"
         )
 

@@ -31,6 +31,7 @@ the right of one token), so lambda learns their number and Q the distribution of
 Read in this order: schedules, sources, `path` (x_t and what remains), `loss`, `sample`.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -68,7 +69,7 @@ class Schedule(NamedTuple):
 
 
 def schedule(spec: str) -> Schedule:
-    """linear | cosine | cubic (t^3, the paper's choice) | cubic[a:A,b:B], the general cubic with kappa(0) = 0, kappa(1) = 1:
+    """linear | cosine | cubic (t^3, the paper's choice) | cubic[a:A,b:B], with kappa(0) = 0 and kappa(1) = 1:
     (a + 1) t^3 - (a + b + 1) t^2 + (b + 1) t. Raises ValueError for other names and where kappa would fall.
     """
     name, arguments = parse_spec(spec, {"linear": (), "cosine": (), "cubic": ("a", "b")}, "schedule")
@@ -99,7 +100,7 @@ def parse_spec(spec: str, known: dict[str, tuple], what: str) -> tuple[str, dict
             arguments[key] = float(value)
         except ValueError:
             key = None
-        if key not in known[match[1]]:
+        if key not in known[match[1]] or not math.isfinite(arguments[key]):
             raise ValueError(f"{what} {spec!r}: cannot read {item!r}; write {usage}")
     return match[1], arguments
 
@@ -119,6 +120,8 @@ class Source(NamedTuple):
             return []
         if self.kind == "masks":
             return [mask_id] * self.length
+        if self.kind == "uniform" and not self.length:
+            return []  # multinomial refuses to draw nothing
         if self.kind == "uniform":
             return torch.multinomial(unigram, self.length, replacement=True, generator=generator).tolist()
         if draft is None:
@@ -284,39 +287,55 @@ def sample(
     top_p: float = 1.0,
     on_step=None,
 ) -> list[Sampled]:
-    """Run the chain from t = 0 to 1 in `steps` equal steps (tau-leaping, tau = 1 / steps), all prompts in one batch.
+    """Run the chain from t = 0 to 1 in `steps` equal steps (tau-leaping, tau = 1 / steps), prompts in one batch.
 
     In a step from t to t + tau a remaining edit fires with probability q = (kappa(t + tau) - kappa(t)) / (1 - kappa(t)),
     so a token is substituted or deleted with probability q (lambda_sub + lambda_del) and gets a right neighbour with
     probability q lambda_ins, each at most 1. For small tau this is the Euler step; in the last one q = 1, and every
     expected edit is made instead of being cut off. At most one token is inserted per gap and step.
 
-    Rates first, tokens only where an edit fires: the vocabulary heads see fired rows alone. temperature 0 takes the
-    most likely token. Prompts are frozen. Each sequence draws from its own counter-based noise, so its text depends on
-    its seed and not on its neighbours. on_step(t, x, op, sub_token, ins_token, label) is called before edits are applied.
+    Rates first, tokens only where an edit fires: the vocabulary heads see fired rows alone. A sequence that did not
+    change keeps its hidden states (unless the model depends on t). temperature 0 takes the most likely token. Prompts
+    are frozen. Each sequence draws from its own counter-based noise, so its text depends on its seed and not on its
+    neighbours. on_step(t, x, op, sub_token, ins_token, label) is called before edits are applied.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    seeds = list(range(len(prompts)) if seeds is None else seeds)
+    if not len(prompts) == len(x0) == len(seeds):
+        raise ValueError(f"sample got {len(prompts)} prompts, {len(x0)} x0 and {len(seeds)} seeds; one each is needed")
+    if not all(map(len, prompts)):
+        raise ValueError("every prompt needs at least one token (BOS): it anchors what is inserted in front")
     device = next(model.parameters()).device
     kappa = schedule(model.config.nanoedit.get("schedule", "cubic"))
     time_conditioned = model.config.nanoedit.get("time_conditioned", False)
     x = Ragged.pack([list(p) + list(s) for p, s in zip(prompts, x0)], device)
     prompt_len = torch.tensor([len(p) for p in prompts], device=device)
-    seed = torch.tensor(range(len(prompts)) if seeds is None else seeds, device=device)
+    seed = torch.tensor(seeds, dtype=torch.int64, device=device)
     streams = torch.arange(5, device=device)[:, None]  # fire, which, sub token, insert, ins token
     count = torch.zeros(len(prompts), 3, dtype=torch.int64, device=device)
-    stale = True  # the text has changed since the rates were computed
+    stale = torch.ones(len(x), dtype=torch.bool, device=device)  # texts that changed since they were last read
+    hidden = rates = None
 
-    def rates_now(t: float):
-        hidden = model(x, torch.full((len(x),), t, device=device))
+    def read(t: float):
+        """Hidden states [T, D] and rates [3, T] of the current texts; only stale ones go through the model."""
+        if not stale.any():
+            return hidden, rates
+        part = x if stale.all() else x.select(stale)
+        fresh = model(part, torch.full((len(part),), t, device=device))
+        if part is not x:
+            changed = stale[x.batch]
+            merged = fresh.new_empty(len(x.ids), fresh.shape[1])
+            merged[changed], merged[~changed] = fresh, hidden  # hidden: what the last edits left of it
+            fresh = merged
         can_edit, can_insert = editable(x, prompt_len)
-        allowed = torch.stack([can_edit, can_edit, can_insert], dim=1)
-        return hidden, (model.rate_heads(hidden).float() * allowed).T  # [T, D], [3, T]
+        allowed = torch.stack([can_edit, can_edit, can_insert])
+        return fresh, model.rate_heads(fresh).float().T * allowed
 
     for step in range(steps):
         t, t_next = step / steps, (step + 1) / steps
-        if stale or time_conditioned:
-            hidden, (sub_rate, del_rate, ins_rate) = rates_now(t)
+        hidden, rates = read(t)
+        sub_rate, del_rate, ins_rate = rates
         q = kappa.fire(t, t_next)
         u = uniform_noise(seed[x.batch], step, x.positions, streams)  # [5, T]
         change = u[0] < q * (sub_rate + del_rate)
@@ -332,17 +351,18 @@ def sample(
             rows = fired.nonzero()[:, 0]
             if len(rows):
                 token[rows] = draw_token(head(hidden[rows]), noise[rows], temperature, top_k, top_p)
-        if on_step:
+        if on_step is not None:
             on_step(t, x, op, sub_token, ins_token, "")
-        stale = bool((change | insert).any())
-        if stale:
-            edits = torch.stack([substitute, change & ~substitute, insert], dim=1).long()
-            count.index_add_(0, x.batch, edits)
+        edits = torch.stack([substitute, change & ~substitute, insert], dim=1).long()
+        made = torch.zeros_like(count).index_add_(0, x.batch, edits)
+        count += made
+        stale = made.any(1) | time_conditioned
+        if made.any():
+            hidden = hidden[~stale[x.batch]]
             x = apply_edits(x, op, sub_token, ins_token)
 
-    if stale:
-        _, (_, _, ins_rate) = rates_now(1.0)
-    left_over = torch.zeros(len(x), device=device).index_add_(0, x.batch, ins_rate)
+    _, rates = read(1.0)
+    left_over = torch.zeros(len(x), device=device).index_add_(0, x.batch, rates[2])
     texts = (ids[len(p) :] for ids, p in zip(x.unpack(), prompts))
     return [Sampled(ids, tuple(c), left) for ids, c, left in zip(texts, count.tolist(), left_over.tolist())]
 
@@ -354,12 +374,12 @@ def draw_token(logits: Tensor, u: Tensor, temperature: float, top_k: int = 0, to
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p = (logits.double() / temperature).softmax(-1)
+    p = (logits.float() / temperature).softmax(-1)
     p, token = p.sort(dim=-1, descending=True, stable=True) if top_k or top_p < 1 else (p, None)
     if top_k:
         p[:, top_k:] = 0
     if top_p < 1:
         p = p * (p.cumsum(-1) - p < top_p)  # a token stays if those before it do not reach top_p
-    cdf = p.cumsum(-1)
+    cdf = p.cumsum(-1, dtype=torch.float64)
     index = torch.searchsorted(cdf, (u.double() * cdf[:, -1])[:, None]).clamp_max(logits.shape[1] - 1)
     return (index if token is None else token.gather(1, index))[:, 0]

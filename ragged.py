@@ -57,6 +57,10 @@ class Ragged:
     def to(self, device) -> "Ragged":
         return Ragged(self.ids.to(device), self.cu_seqlens.to(device), self.max_seqlen)
 
+    def select(self, chosen: Tensor) -> "Ragged":
+        """The sequences for which chosen, bool [B], is true."""
+        return Ragged.from_lengths(self.ids[chosen[self.batch]], self.lengths[chosen])
+
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1
 
@@ -92,11 +96,11 @@ def apply_edits(x: Ragged, op: Tensor, sub_token: Tensor, ins_token: Tensor) -> 
     return Ragged.from_lengths(slots[filled], lengths)
 
 
-def uniform_noise(seed: Tensor, step: int, position: Tensor, stream: int) -> Tensor:
-    """Counter-based uniform numbers in (0, 1): a hash of (seed, step, position, stream), float64, shaped like `position`.
+def uniform_noise(seed: Tensor, step: int, position: Tensor, stream: int | Tensor) -> Tensor:
+    """Counter-based uniform numbers in (0, 1), float64: a hash of (seed, step, position, stream), which broadcast.
 
     A stateful generator hands out numbers in the order in which they are asked for, so a sequence would get other
-    numbers, and another text, when its neighbours in the batch change. Here each draw is a pure function of its address.
+    numbers, and another text, when its neighbours in the batch change. Here a draw is a pure function of its address.
     The mixer is SplitMix64's (Steele, Lea, Flood 2014); int64 multiplication wraps as it should. `stream` < 8.
     """
     key = _mix(_mix(seed) + step * 8 + stream)
@@ -104,7 +108,7 @@ def uniform_noise(seed: Tensor, step: int, position: Tensor, stream: int) -> Ten
 
 
 def _mix(z: Tensor) -> Tensor:
-    """SplitMix64: add the golden ratio, then scramble. Torch shifts int64 arithmetically; the masks make the shifts logical."""
+    """SplitMix64: add the golden ratio, then scramble. Torch shifts int64 arithmetically; masks make the shifts logical."""
     z = z - 0x61C8864680B583EB
     z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15

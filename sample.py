@@ -252,7 +252,7 @@ def write_result(out, messages, text: str, seed: int, details: dict, count: int)
     if count > 1:
         print(f"--- {prompt!r}, seed {seed}" if prompt else f"--- seed {seed}")
     print(text, flush=True)
-    if details.get("left_over", 0) > max(2, 0.05 * details["insertions"]):
+    if details.get("left_over", 0) > max(2, 0.05 * details.get("insertions", 0)):
         print(
             f"note: the model still expected {details['left_over']:.0f} insertions at the end; "
             "more steps (a smaller --tau) give longer texts",

@@ -80,12 +80,12 @@ def main():
         for stage in STAGES:
             points = [mean_and_error([run[p][what] for run in measured[stage]]) for p in PASSES]
             print(f"{stage:7}" + "".join(f"{100 * m:7.1f} ±{100 * e:4.1f}" for m, e in points))
-            label = f"{stage}, {name}"
-            style = "both" if what == 0 else "line"
-            series.append(Series(label, list(PASSES), [100 * m for m, _ in points], style, error=[100 * e for _, e in points]))
+            mean, error = ([100 * value for value in column] for column in zip(*points))
+            series.append(Series(f"{stage}, {name}", list(PASSES), mean, "line" if what else "both", error=error))
         gains = [min(a[p][what] - b[p][what] for a, b in zip(measured["stage3"], measured["matched"])) for p in PASSES]
         print("worst  " + "".join(f"{100 * g:+12.1f}" for g in gains) + "   stage3 - matched, worst seed")
-    line_chart(series, args.plot, "Toy task: edits against more mask passes", "passes", "percent", log_x=True, x_ticks=list(PASSES))
+    title = "Toy task: the same number of passes, with and without edits"
+    line_chart(series, args.plot, title, "passes", "percent", log_x=True, x_ticks=list(PASSES))
     print(f"\nplot in {args.plot}")
 
 
