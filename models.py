@@ -186,8 +186,8 @@ def hidden_states(backbone: nn.Module, x: Ragged, extra: Tensor | None = None) -
     """backbone(x, extra), [T, D].
 
     In bf16 on CPUs, oneDNN compiles a kernel for every new matrix shape, and the number of tokens is new at every step
-    (measured on a linear layer of 704 x 256 at 1500 tokens: 16 ms a step instead of 6). So there the row is filled up to
-    a multiple of 64 tokens with sequences of its own, which no other sequence can see, and their rows are dropped.
+    (measured on a linear layer of 704 x 256 at 1500 tokens: 16 ms a step instead of 6). So there the row is filled up
+    to a multiple of 64 tokens with sequences of its own, which no other sequence can see; their rows are dropped.
     """
     T = len(x.ids)
     filler = -T % 64
@@ -366,7 +366,11 @@ ARCHITECTURES = {
     "roberta": (
         Bert,
         _BERT | {"layer_norm_eps": 1e-5, "type_vocab_size": 1, "pad_token_id": 1},
-        [("model.transform.dense.", "lm_head.dense."), ("model.transform.LayerNorm.", "lm_head.layer_norm."), ("model.", "roberta.")],
+        [
+            ("model.transform.dense.", "lm_head.dense."),
+            ("model.transform.LayerNorm.", "lm_head.layer_norm."),
+            ("model.", "roberta."),
+        ],
     ),
 }  # fmt: skip
 
@@ -396,7 +400,7 @@ def complete_config(raw: dict) -> SimpleNamespace:
     kind = str(raw.get("model_type", "")).lower().removeprefix("editflow-")
     if kind not in ARCHITECTURES:
         raise ValueError(
-            f"config.json: model_type {raw.get('model_type')!r} is not supported; choose from {', '.join(ARCHITECTURES)}"
+            f"config.json: model_type {raw.get('model_type')!r} is not supported; these are: {', '.join(ARCHITECTURES)}"
         )
     rope = (
         raw.get("rope_parameters") or {}
@@ -558,8 +562,8 @@ def build(method: str, preset: str, vocab_size: int, *, time_conditioned=False, 
 
 
 def init_weights(module: nn.Module, generator: torch.Generator) -> None:
-    """Linear layers N(0, 1 / fan_in), embeddings N(0, 1) scaled by D^-1/2; the head starts from the embedding."""
-    for name, m in module.named_modules():
+    """Linear layers N(0, 1 / fan_in), embeddings N(0, 1 / D); then the heads that start otherwise."""
+    for m in module.modules():
         if isinstance(m, nn.Linear):
             nn.init.normal_(m.weight, std=m.in_features**-0.5, generator=generator)
             if m.bias is not None:
@@ -579,10 +583,14 @@ def init_new_heads(model: nn.Module, generator: torch.Generator) -> None:
             nn.init.zeros_(model.time_embed[2].bias)
 
 
-def local_path(
-    path_or_hub_id: str, patterns=("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"), revision=None
-) -> Path:
-    """A local directory (of a run: its final or newest checkpoint), or a hub repository fetched into huggingface-hub's cache (resumable). Raises OSError."""
+CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+
+
+def local_path(path_or_hub_id: str, patterns=CHECKPOINT_FILES, revision: str | None = None) -> Path:
+    """A local directory (of a run: its final or newest checkpoint), or a hub repository fetched into the hub's cache.
+
+    Downloads are resumed. Raises OSError saying what was tried.
+    """
     directory = Path(path_or_hub_id)
     if directory.is_dir() and not (directory / "config.json").is_file():
         runs = [d for d in directory.glob("checkpoint-*") if (d / "config.json").is_file()]
@@ -631,7 +639,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
         single = directory / "model.safetensors"
         if not single.is_file():
             raise OSError(
-                f"{directory}: no model.safetensors and no model.safetensors.index.json; run convert.py on other formats"
+                f"{directory}: no model.safetensors and no model.safetensors.index.json; convert.py reads other formats"
             )
         with open_tensors(single) as f:
             files = {name: single for name in f.keys()}  # noqa: SIM118
@@ -672,7 +680,8 @@ def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None
     )
     if found not in METHODS:
         raise ValueError(
-            f"{directory}: no Edit Flows or ME-DLM heads in this checkpoint; add them with: convert.py --to {method or 'editflow'} --model_name_or_path {path} --output_dir OUT"
+            f"{directory}: no Edit Flows or ME-DLM heads in this checkpoint; add them with "
+            f"`convert.py --to {method or 'editflow'} --model_name_or_path {path} --output_dir OUT`"
         )
     if method and found != method:
         raise ValueError(f"{directory}: this is a checkpoint of method {found!r}, but {method!r} is asked for")

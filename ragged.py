@@ -108,7 +108,7 @@ def uniform_noise(seed: Tensor, step: int, position: Tensor, stream: int | Tenso
 
 
 def _mix(z: Tensor) -> Tensor:
-    """SplitMix64: add the golden ratio, then scramble. Torch shifts int64 arithmetically; masks make the shifts logical."""
+    """SplitMix64: add the golden ratio, then scramble. Torch's >> keeps the sign; the masks make it a logical shift."""
     z = z - 0x61C8864680B583EB
     z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15

@@ -48,23 +48,16 @@ def parse_args(argv=None):
     f.flag("--overwrite_output_dir", help="start anew although output_dir holds a run")
     a("--seed", type=n(int, low=0), default=42, help="everything random follows from it")
 
-    a(
-        "--model_name_or_path",
-        "--model_cfg",
-        help="checkpoint directory or hub id to start from; without it: a new model",
-    )
+    a("--model_name_or_path", "--model_cfg",
+      help="checkpoint directory or hub id to start from; without it: a new model")
     a("--preset", default="tiny", help=f"size of a new model: {', '.join(models.PRESETS)}")
     a("--vocab_size", type=n(int, low=300), default=4096, help="size of the tokenizer trained for a new model")
     f.flag("--gradient_checkpointing", help="recompute activations block by block: less memory, one more forward")
     f.flag("--bf16", help="bf16 autocast; weights and optimizer stay float32")
     f.flag("--compile", help="torch.compile the blocks")
 
-    a(
-        "--dataset_args",
-        "--train_file",
-        default="toy",
-        help="files, folders, hub ids or `toy`: name[train:N,test:M] + other",
-    )
+    a("--dataset_args", "--train_file", default="toy",
+      help="files, folders, hub ids or `toy`: name[train:N,test:M] + other")
     a("--text_field", default=None, help="field of a record that holds plain text")
     f.flag("--insert_eos", default=True, help="end texts and responses with the end-of-message token")
     f.flag("--chat_template", default=True, help="render dialogues with the tokenizer's chat template")
@@ -93,76 +86,32 @@ def parse_args(argv=None):
     a("--report_to", choices=["none", "tensorboard"], default="none", help="besides metrics.jsonl")
     for name in ("--do_train", "--save_safetensors", "--remove_unused_columns"):
         f.flag(name, default=None, help="accepted so that published commands run; changes nothing here")
-    a(
-        "--dataloader_num_workers",
-        type=n(int, low=0),
-        default=0,
-        help="accepted likewise; batches are made in the main process",
-    )
+    a("--dataloader_num_workers", type=n(int, low=0), default=0,
+      help="accepted likewise; batches are made in the main process")
 
     e = f.add_argument_group("Edit Flows").add_argument
-    e(
-        "--x0_sampler",
-        default=None,
-        help="where generation starts: empty, masks[length:64], uniform[length:100], draft (default: the checkpoint's, else empty)",
-    )
-    e(
-        "--schedule",
-        default=None,
-        help="kappa: linear, cosine, cubic, cubic[a:A,b:B] (default: the checkpoint's, else cubic)",
-    )
-    e(
-        "--time_conditioned",
-        type=cli.boolean,
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="BOOL",
-        help="a new model sees t",
-    )
-    e(
-        "--normalize",
-        type=cli.boolean,
-        nargs="?",
-        const=True,
-        default=True,
-        metavar="BOOL",
-        help="divide each sequence's loss by its length",
-    )
+    e("--x0_sampler", default=None,
+      help="start: empty, masks[length:64], uniform[length:100], draft (default: the checkpoint's, else empty)")
+    e("--schedule", default=None,
+      help="kappa: linear, cosine, cubic, cubic[a:A,b:B] (default: the checkpoint's, else cubic)")
+    e("--time_conditioned", type=cli.boolean, nargs="?", const=True, default=False, metavar="BOOL",
+      help="a new model sees t")
+    e("--normalize", type=cli.boolean, nargs="?", const=True, default=True, metavar="BOOL",
+      help="divide each sequence's loss by its length")
 
     m = f.add_argument_group("ME-DLM").add_argument
     m("--min_t", type=n(low=0, high=1), default=0.0, help="smallest masking probability (a floor applies)")
     m("--max_t", type=n(low=0, high=1), default=1.0, help="largest masking probability")
-    m(
-        "--loss_norm",
-        choices=["tokens", "bound"],
-        default="tokens",
-        help="published mean over masked tokens / t, or LLaDA's bound",
-    )
-    m(
-        "--copy_head",
-        type=cli.boolean,
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="BOOL",
-        help="stage 1: next_token_head starts as a copy of lm_head",
-    )
-    m("--pad_len", type=n(int, low=0), default=0, help="pad responses to a multiple of this (0: no padding)")
+    m("--loss_norm", choices=["tokens", "bound"], default="tokens",
+      help="published mean over masked tokens / t, or LLaDA's bound")
+    m("--copy_head", type=cli.boolean, nargs="?", const=True, default=False, metavar="BOOL",
+      help="stage 1: next_token_head starts as a copy of lm_head")
+    m("--pad_len", type=positive, default=None, help="pad responses to a multiple of this (default: no padding)")
     m("--intermediate_ratio", type=n(low=0, high=1), default=0.0, help="stage 3: share of steps trained on rollouts")
-    m(
-        "--mask_diffusion_pred_per_step",
-        type=positive,
-        nargs="+",
-        default=[2, 4, 8, 16],
-        help="tokens unmasked per rollout pass",
-    )
-    m(
-        "--max_diffusion_steps",
-        type=n(int, low=0),
-        default=32,
-        help="most edit passes in a rollout, reached at the end of training",
-    )
+    m("--mask_diffusion_pred_per_step", type=positive, nargs="+", default=[2, 4, 8, 16],
+      help="tokens unmasked per rollout pass")
+    m("--max_diffusion_steps", type=positive, default=32,
+      help="most passes of a rollout; the edit passes among them grow with training progress")
     m("--intermediate_min_t", type=n(low=0, high=1), default=0.0, help="smallest share masked before a rollout")
     m("--intermediate_max_t", type=n(low=0, high=1), default=1.0, help="largest share masked before a rollout")
     m("--rollout_order", choices=["random", "confidence"], default="random", help="order in which a rollout unmasks")
@@ -170,10 +119,9 @@ def parse_args(argv=None):
     if args.min_t >= args.max_t:
         f.error(f"--min_t {args.min_t} must be below --max_t {args.max_t}")
     if args.intermediate_min_t >= args.intermediate_max_t:
-        f.error(
-            f"--intermediate_min_t {args.intermediate_min_t} must be below --intermediate_max_t {args.intermediate_max_t}"
-        )
-    if args.pad_len > args.max_length:
+        f.error(f"--intermediate_min_t {args.intermediate_min_t} must be below "
+                f"--intermediate_max_t {args.intermediate_max_t}")  # fmt: skip
+    if (args.pad_len or 0) > args.max_length:
         f.error(f"--pad_len {args.pad_len} must not exceed --max_length {args.max_length}")
     return args
 
@@ -267,8 +215,11 @@ def loss_function(args, model, tokenizer, device):
         shared = seeded(*key[:2])  # (seed, step): the same on every rank, so all ranks make the same passes
         if torch.rand((), generator=shared) < args.intermediate_ratio:
             plan = medlm.plan_rollout(progress, args.mask_diffusion_pred_per_step, args.max_diffusion_steps, shared)
-            batch = medlm.rollout(model, examples, plan, tokens, min_t=args.intermediate_min_t, max_t=args.intermediate_max_t,
-                                  order=args.rollout_order, generator=seeded(*key))  # fmt: skip
+            batch = medlm.rollout(
+                model, examples, plan, tokens,
+                min_t=args.intermediate_min_t, max_t=args.intermediate_max_t,
+                order=args.rollout_order, generator=seeded(*key),
+            )  # fmt: skip
             return module(medlm.rollout_loss, batch)
         batch = medlm.mask_batch(
             examples, mask_id=tokens["mask"], min_t=args.min_t, max_t=args.max_t, generator=seeded(*key)
@@ -401,6 +352,10 @@ class Data:
         self.train = data.encode(train_records, tokenizer, **encode, progress=ranks.is_main)
         held_out = data.encode(eval_records, tokenizer, **encode, recut=False).examples if eval_records else []
         self.eval = self.pad(held_out)
+        if args.method == "medlm" and args.intermediate_ratio:
+            tokens = medlm.special_tokens(tokenizer)
+            for e in self.train.examples:
+                medlm.response_text(e.response, tokens)  # raises now rather than in the middle of the run
         if self.train.too_long:
             ranks.say(f"{self.train.too_long} samples longer than --max_length {args.max_length} left out")
         tokens = sum(len(e) for e in self.rows(0))
@@ -487,7 +442,8 @@ def train(args, ranks: Ranks) -> None:
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.bf16)
     stream = dataset.stream(step * group)
     stop = StopSignal()
-    with tqdm(total=steps, initial=step, disable=not ranks.is_main, unit="step", mininterval=0.2 if sys.stderr.isatty() else 20) as bar:
+    pause = 0.2 if sys.stderr.isatty() else 20  # seconds between updates of the bar: a log file wants few
+    with tqdm(total=steps, initial=step, disable=not ranks.is_main, unit="step", mininterval=pause) as bar:
         while step < steps:
             for g in optimizer.param_groups:
                 g["lr"] = learning_rate(step, steps, args)
