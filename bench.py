@@ -4,6 +4,9 @@
     python bench.py attention          ragged attention on CPU against one padded or one masked call
     python bench.py loss               the Edit Flows loss against vocabulary logits on all rows: time and memory
     python bench.py sampling           16 prompts in one batch against one at a time, and where the time goes
+    python bench.py decode             ME-DLM decoding against vocabulary logits on all rows
+    python bench.py rollout            how much of a stage-3 step is not the model
+    python bench.py packing --data F   how full packed rows are
 
 One function per benchmark; `BENCHMARKS` at the end lists them. The contestants take turns, because the speed of a
 machine drifts; a ratio is the median over the turns.
@@ -20,7 +23,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import data
 import editflow
+import medlm
 import models
 from edit_distance import edit_scripts
 from ragged import Ragged
@@ -264,11 +269,105 @@ def bench_attention(args):
         )
 
 
+# ---------------------------------------------------------------------------------------------------- ME-DLM
+
+
+def best_tokens_on_all_rows(hidden, head, row, never, rival=None):
+    """medlm.best_tokens the plain way: [T, V] logits, of which the rows are then picked."""
+    logits = head(hidden).float()[row]
+    against = None if rival is None else logits.gather(1, rival[:, None])[:, 0]
+    logits.index_fill_(1, torch.tensor(never), -torch.inf)
+    top, token = logits.max(1)
+    return token, top - (logits.logsumexp(1) if against is None else against)
+
+
+def bench_decode(args):
+    """ME-DLM decoding, vocabulary logits only on rows that can change against logits on all rows. The prompt is three
+    times as long as the response; a decoder with random weights."""
+    torch.set_num_threads(args.threads)
+    sizes = {"hidden_size": args.hidden, "num_hidden_layers": args.layers, "num_attention_heads": args.hidden // 64}
+    raw = sizes | {"model_type": "llada", "vocab_size": args.vocab, "intermediate_size": args.hidden * 3}
+    model = models.MEDLMModel(models.complete_config(raw)).eval()
+    models.init_weights(model, torch.Generator().manual_seed(args.seed))
+    prompts = torch.randint(10, args.vocab, (args.batch, 3 * args.length)).tolist()
+    tokens = {"mask": 1, "pad": 2, "del": 3, "eos": 4}
+    best_tokens = medlm.best_tokens
+
+    def decode(rows):
+        medlm.best_tokens = rows
+        try:
+            steps = {"mask_diffusion_step": args.mask_passes, "edit_diffusion_step": args.edit_passes}
+            return medlm.decode(model, prompts, tokens, init_num=args.length, **steps)
+        finally:
+            medlm.best_tokens = best_tokens
+
+    contestants = {
+        "rows that can change": partial(decode, best_tokens),
+        "all rows": partial(decode, best_tokens_on_all_rows),
+    }
+    plain, ours = ([d.response for d in work()] for work in contestants.values())
+    same = plain == ours
+    seconds = take_turns(contestants, args.repeats)
+    print(
+        f"{args.batch} prompts of {3 * args.length}, responses of {args.length}, V = {args.vocab}, "
+        f"{args.mask_passes} + {args.edit_passes} passes; same texts: {same}"
+    )
+    for name, times in seconds.items():
+        print(f"{name:21} {median(times):7.2f} s")
+    print(f"{ratio(seconds['all rows'], seconds['rows that can change']):.2f}x as fast")
+
+
+def bench_rollout(args):
+    """A stage-3 training step on the toy task: the share of its time outside the model's forwards and backward."""
+    torch.set_num_threads(args.threads)
+    tokenizer = data.toy_tokenizer()
+    model = models.build("medlm", args.preset, tokenizer.vocab_size)
+    records = data.toy_records("train", args.batch * 10, args.seed)
+    encoded = data.encode(records, tokenizer, max_length=64).examples
+    examples = [data.pad_response(e, 24, tokenizer.pad_id) for e in encoded]
+    tokens, inside = medlm.special_tokens(tokenizer), []
+    for module in (model.model, model.lm_head, model.next_token_head):
+        start = []
+        module.register_forward_pre_hook(lambda *_, start=start: start.append(time.perf_counter()))
+        module.register_forward_hook(lambda *_, start=start: inside.append(time.perf_counter() - start.pop()))
+    shares = []
+    for turn in range(args.repeats):
+        rng = torch.Generator().manual_seed(turn)
+        plan = medlm.plan_rollout(1.0, [4, 8], 16, rng)
+        batch = [examples[i] for i in torch.randperm(len(examples), generator=rng)[: args.batch].tolist()]
+        inside.clear()
+        begin = time.perf_counter()
+        drafts = medlm.rollout(model, batch, plan, tokens, min_t=0.5, max_t=1.0, generator=rng)
+        rollout = time.perf_counter()
+        modelled = sum(inside)
+        loss, _ = medlm.rollout_loss(model, drafts)  # forward, loss and backward: all of it the model's work
+        loss.backward()
+        end = time.perf_counter()
+        shares.append((rollout - begin - modelled) / (end - begin))
+    print(f"{args.preset} preset, {args.batch} samples: {median(shares[1:]):.1%} of a stage-3 step outside the model")
+
+
+def bench_packing(args):
+    """How full the packed rows are, on a dataset of your own."""
+    records, _, reports = data.load_records(args.data)
+    tokenizer = data.train_tokenizer(data.texts(records), 4096)
+    examples = data.encode(records, tokenizer, max_length=args.max_length).examples
+    fill = sorted(sum(map(len, row)) / args.max_length for row in data.pack(examples, args.max_length))
+    print(*reports, sep="\n")
+    print(
+        f"{len(examples)} samples in {len(fill)} rows of {args.max_length}: mean fill {sum(fill) / len(fill):.1%}, "
+        f"all but the emptiest at least {fill[min(1, len(fill) - 1)]:.1%}, the emptiest {fill[0]:.1%}"
+    )
+
+
 BENCHMARKS = {
     "edit_distance": bench_edit_distance,
     "attention": bench_attention,
     "loss": bench_loss,
     "sampling": bench_sampling,
+    "decode": bench_decode,
+    "rollout": bench_rollout,
+    "packing": bench_packing,
 }
 
 
@@ -297,6 +396,18 @@ def main():
     p.add_argument("--length", type=int, default=128, help="tokens of each target")
     p = benchmarks.add_parser("sampling", parents=[common, size], help="one batch against one at a time")
     p.add_argument("--steps", type=int, default=100)
+
+    p = benchmarks.add_parser("decode", parents=[common, size], help="ME-DLM: rows that can change against all rows")
+    p.add_argument("--length", type=int, default=64, help="masks; the prompt is three times as long")
+    p.add_argument("--mask_passes", type=int, default=8)
+    p.add_argument("--edit_passes", type=int, default=3)
+    p.set_defaults(vocab=126464, batch=4)
+    p = benchmarks.add_parser("rollout", parents=[common], help="ME-DLM stage 3: time outside the model")
+    p.add_argument("--preset", default="small", help=f"one of {', '.join(models.PRESETS)}")
+    p.add_argument("--batch", type=int, default=32, help="samples")
+    p = benchmarks.add_parser("packing", parents=[common], help="ME-DLM: how full packed rows are")
+    p.add_argument("--data", required=True, help="a dataset spec, GSM8K's train.jsonl for example")
+    p.add_argument("--max_length", type=int, default=2048)
 
     args = parser.parse_args()
     BENCHMARKS[args.benchmark](args)

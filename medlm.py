@@ -203,7 +203,7 @@ def best_tokens(hidden: Tensor, head: nn.Linear, row: Tensor, never: list[int], 
     for i in range(0, max(len(row), 1), step := max(1, CHUNK_FLOATS // head.out_features)):
         logits = head(hidden[row[i : i + step]]).float()
         against = None if rival is None else logits.gather(1, rival[i : i + step, None])[:, 0]
-        logits = logits.index_fill(1, never, -torch.inf)
+        logits.index_fill_(1, never, -torch.inf)
         top, token = logits.max(1)
         found.append((token, top - (logits.logsumexp(1) if against is None else against)))
     return torch.cat([token for token, _ in found]), torch.cat([sure for _, sure in found])
