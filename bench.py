@@ -196,19 +196,34 @@ def bench_loss(args):
     print(f"{faster:.2f}x as fast, {memory['rows with an edit'] / memory['all rows']:.0%} of the memory")
 
 
+@torch.no_grad()
+def teach_rates(model, mask: int, vocab: int, rng) -> None:
+    """Fits the rate head of a random model by least squares: rate 1 for substituting a mask and for inserting behind
+    it, rate 0 for everything else, so that decoding goes on as with a trained model."""
+    ids = torch.randint(5, vocab, (64, 96), generator=rng)
+    ids[torch.rand(ids.shape, generator=rng) < 0.5] = mask
+    hidden = model(Ragged.pack(list(ids)))
+    is_mask = (ids.flatten() == mask).float()
+    raw = is_mask * 20  # softplus(0.5) = 0.97, softplus(0.5 - 20) = 0; the offset follows below
+    inputs = torch.cat([hidden, torch.ones(len(hidden), 1)], dim=1)
+    solution = torch.linalg.lstsq(inputs, raw[:, None]).solution[:, 0]
+    model.rate_heads[0].weight.copy_(solution[:-1].expand(3, -1))
+    start = model(Ragged.pack([[1] * 16 + [mask] * 64]))[16:]
+    offset = 0.5 - (start @ solution[:-1]).mean()  # right on average where decoding starts
+    model.rate_heads[0].bias.copy_(offset - torch.tensor([0.0, 40.0, 0.0]))  # no deletions
+
+
 def bench_sampling(args):
     """Edit Flows sampling: a batch of prompts against the same prompts one at a time, tokens per second; and the share
     of the time that one prompt spends outside the model's layers and heads.
 
-    The weights are random, the rates set so that every mask is expected to be substituted once and followed by one
-    insertion: 64 masks become about 128 tokens, as with a trained model.
+    The weights are random, but the rates are those of a trained model: a mask is to be substituted once and waits for
+    as many insertions behind it, and what has been written stays.
     """
     torch.set_num_threads(args.threads)
     model = editflow_model(args).eval()
-    torch.nn.init.zeros_(model.rate_heads[0].weight)
-    with torch.no_grad():
-        model.rate_heads[0].bias.copy_(torch.tensor([0.5413, -20.0, 0.0]))  # softplus: 1 sub, 0 del, 0.69 ins
-    x0, inside = [[4] * 64] * args.batch, [0.0]
+    teach_rates(model, 4, args.vocab, torch.Generator().manual_seed(args.seed))
+    x0, inside = [[4] * 64] * args.batch, []
 
     def run(indices):
         prompts = [[1] * 16 for _ in indices]
@@ -388,20 +403,23 @@ def main():
 
     benchmarks.add_parser("attention", parents=[common], help="ragged attention against padded and masked")
     size = argparse.ArgumentParser(add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    size.add_argument("--vocab", type=int, default=50000)
     size.add_argument("--hidden", type=int, default=256)
     size.add_argument("--layers", type=int, default=6)
-    size.add_argument("--batch", type=int, default=16, help="sequences")
     p = benchmarks.add_parser("loss", parents=[common, size], help="rows with an edit against all rows")
+    p.add_argument("--vocab", type=int, default=50000)
+    p.add_argument("--batch", type=int, default=16, help="sequences")
     p.add_argument("--length", type=int, default=128, help="tokens of each target")
     p = benchmarks.add_parser("sampling", parents=[common, size], help="one batch against one at a time")
+    p.add_argument("--vocab", type=int, default=50000)
+    p.add_argument("--batch", type=int, default=16, help="sequences")
     p.add_argument("--steps", type=int, default=100)
 
     p = benchmarks.add_parser("decode", parents=[common, size], help="ME-DLM: rows that can change against all rows")
     p.add_argument("--length", type=int, default=64, help="masks; the prompt is three times as long")
     p.add_argument("--mask_passes", type=int, default=8)
     p.add_argument("--edit_passes", type=int, default=3)
-    p.set_defaults(vocab=126464, batch=4)
+    p.add_argument("--vocab", type=int, default=126464)
+    p.add_argument("--batch", type=int, default=4, help="prompts")
     p = benchmarks.add_parser("rollout", parents=[common], help="ME-DLM stage 3: time outside the model")
     p.add_argument("--preset", default="small", help=f"one of {', '.join(models.PRESETS)}")
     p.add_argument("--batch", type=int, default=32, help="samples")
