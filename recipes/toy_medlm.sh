@@ -14,10 +14,12 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 STEPS2=${STEPS2:-9000} STEPS3=${STEPS3:-3500}
 COMMON="--method medlm --dataset_args toy --max_length 768 --per_device_train_batch_size 1 --pad_len 24
-  --warmup_ratio 0.05 --weight_decay 0.01 --bf16 --logging_steps 50 --eval_steps 0.25 --save_steps 500"
+  --warmup_ratio 0.05 --weight_decay 0.01 --bf16 --loss_norm bound --logging_steps 50 --eval_steps 0.25 --save_steps 500"
+
+RUNS=${OUT:-out/toy_medlm}
 
 for SEED in "$@"; do
-  OUT=${OUT:-out/toy_medlm}/seed$SEED
+  OUT=$RUNS/seed$SEED
   $PYTHON train.py $COMMON --seed $SEED --preset tiny --max_steps $STEPS2 --learning_rate 3e-3 --output_dir $OUT/stage2
 
   $PYTHON train.py $COMMON --seed $SEED --model_name_or_path $OUT/stage2 --max_steps $STEPS3 --learning_rate 1e-3 \
