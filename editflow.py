@@ -306,6 +306,8 @@ def sample(
         raise ValueError(f"sample got {len(prompts)} prompts, {len(x0)} x0 and {len(seeds)} seeds; one each is needed")
     if not all(map(len, prompts)):
         raise ValueError("every prompt needs at least one token (BOS): it anchors what is inserted in front")
+    if not prompts:
+        return []
     device = next(model.parameters()).device
     kappa = schedule(model.config.nanoedit.get("schedule", "cubic"))
     time_conditioned = model.config.nanoedit.get("time_conditioned", False)

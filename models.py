@@ -69,7 +69,7 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, L: int, 
     lengths = cu_seqlens.diff().long()
     shift = torch.arange(B, device=q.device) * L - cu_seqlens[:-1]
     slot = torch.arange(T, device=q.device) + shift.repeat_interleave(lengths, output_size=T)  # [T] into [B * L]
-    padded = q.new_zeros(B * L, H + 2 * KV, hd).index_copy(0, slot, torch.cat([q, k, v], dim=1))
+    padded = q.new_zeros(B * L, H + 2 * KV, hd).index_copy_(0, slot, torch.cat([q, k, v], dim=1))
     q, k, v = padded.view(B, L, -1, hd).transpose(1, 2).split([H, KV, KV], dim=1)  # [B, H or KV, L, hd]
     if KV < H:
         k, v = k.repeat_interleave(H // KV, dim=1), v.repeat_interleave(H // KV, dim=1)
@@ -264,7 +264,7 @@ class ModernBert(nn.Module):
             rotary(x.positions, head_dim, c.local_rope_theta),
         )
         for i, layer in enumerate(self.layers):
-            is_global = i % c.global_attn_every_n_layers == 0
+            is_global = c.layer_types[i] == "full_attention"
             h = run(self, layer, h, full if is_global else local, x, None if is_global else c.local_attention // 2)
         return self.head["norm"](F.gelu(self.head["dense"](self.final_norm(h))))
 
@@ -303,8 +303,8 @@ class Bert(nn.Module):
         self.config = c
         self.gradient_checkpointing = False
         D, eps = c.hidden_size, c.layer_norm_eps
-        # RoBERTa counts positions from pad_token_id + 1
-        self.first_position = c.pad_token_id + 1 if c.model_type == "roberta" else 0
+        self.max_positions = max_positions(c)
+        self.first_position = c.max_position_embeddings - self.max_positions  # RoBERTa: pad_token_id + 1
         self.embeddings = nn.ModuleDict(
             {
                 "word_embeddings": nn.Embedding(c.vocab_size, D),
@@ -321,6 +321,8 @@ class Bert(nn.Module):
         return self.encoder["layer"]
 
     def forward(self, x: Ragged, extra: Tensor | None = None) -> Tensor:
+        if x.max_seqlen > self.max_positions:
+            raise ValueError(f"a sequence of {x.max_seqlen} tokens exceeds the model's {self.max_positions} positions")
         e = self.embeddings
         h = e["word_embeddings"](x.ids) + e["position_embeddings"](x.positions + self.first_position)
         h = h + e["token_type_embeddings"].weight[0]
@@ -415,12 +417,29 @@ def complete_config(raw: dict) -> SimpleNamespace:
     c = SimpleNamespace(**ARCHITECTURES[kind][1] | raw | {"model_type": kind})
     c.nanoedit = dict(raw.get("nanoedit", {}))
     for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-        if not isinstance(getattr(c, field, None), int):
-            raise ValueError(f"config.json: field {field!r} must be an integer, found {getattr(c, field, None)!r}")
-    if ARCHITECTURES[kind][0] is Decoder:
+        size = getattr(c, field, None)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"config.json: field {field!r} must be a positive integer, found {size!r}")
+    is_decoder = ARCHITECTURES[kind][0] is Decoder
+    for field in ("hidden_act", "hidden_activation"):
+        if raw.get(field, "silu" if is_decoder else "gelu") != ("silu" if is_decoder else "gelu"):
+            raise ValueError(f"config.json: {field} {raw[field]!r} is not supported for {kind}")
+    if is_decoder:
         c.num_key_value_heads = c.num_key_value_heads or c.num_attention_heads
         c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
+        if kind in ("llama", "qwen3"):  # their one switch is for all four projections
+            c.attention_out_bias = c.attention_bias
+    if kind == "modernbert" and not raw.get("layer_types"):  # transformers 5 writes the list, older configs the period
+        c.layer_types = [
+            "sliding_attention" if i % c.global_attn_every_n_layers else "full_attention"
+            for i in range(c.num_hidden_layers)
+        ]
     return c
+
+
+def max_positions(c) -> int:
+    """The longest sequence that a backbone was made for. RoBERTa's first positions are never used."""
+    return c.max_position_embeddings - (c.pad_token_id + 1 if c.model_type == "roberta" else 0)
 
 
 # ---------------------------------------------------------------------------------------------------- heads
@@ -593,9 +612,11 @@ def local_path(path_or_hub_id: str, patterns=CHECKPOINT_FILES, revision: str | N
     """
     directory = Path(path_or_hub_id)
     if directory.is_dir() and not (directory / "config.json").is_file():
-        runs = [d for d in directory.glob("checkpoint-*") if (d / "config.json").is_file()]
-        number = {d: float(d.name.removeprefix("checkpoint-").replace("final", "inf")) for d in runs}
-        return max(runs, key=number.get, default=directory)
+        if (directory / "checkpoint-final" / "config.json").is_file():
+            return directory / "checkpoint-final"
+        found = {d: d.name.removeprefix("checkpoint-") for d in directory.glob("checkpoint-*")}
+        runs = [d for d, step in found.items() if step.isdecimal() and (d / "config.json").is_file()]
+        return max(runs, key=lambda d: int(found[d]), default=directory)
     if directory.is_dir():
         return directory
     if Path(path_or_hub_id).is_absolute() or str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith("."):
@@ -632,9 +653,9 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     if index.is_file():
         try:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as e:
+            files = {name: directory / file for name, file in names.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{index}: not a safetensors index ({e})") from None
-        files = {name: directory / file for name, file in names.items()}
     else:
         single = directory / "model.safetensors"
         if not single.is_file():

@@ -100,7 +100,7 @@ def generate(model, tokenizer, prompts, seeds, args, drafts=None, on_step=None) 
 
     drafts: token ids to start from, one per prompt, for Edit Flows. Raises ValueError for what the model cannot do.
     """
-    longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
+    longest, limit = max(map(len, prompts)), models.max_positions(model.config)
     is_medlm = model.config.nanoedit["method"] == "medlm"
     if is_medlm and drafts:
         raise ValueError("--draft is for Edit Flows checkpoints; ME-DLM writes its draft itself")
@@ -183,6 +183,8 @@ def main(argv=None):
 
     if args.prompt_file:
         conversations = data.read_prompts(args.prompt_file)
+        if not conversations:
+            raise ValueError(f"{args.prompt_file}: holds no prompt")
     else:
         conversations = [[{"role": "user", "content": p}] for p in args.prompt or []] or [[]]
     jobs = [(c, prompt_ids(tokenizer, c, args), args.seed + k) for c in conversations for k in range(args.num_samples)]

@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -237,16 +238,20 @@ def save_checkpoint(out: Path, name: str, module, tokenizer, optimizer, step: in
     if ranks.is_main:
         target, partial = out / f"checkpoint-{name}", out / f".writing-{name}"
         shutil.rmtree(partial, ignore_errors=True)
-        models.save(module.model, partial)
-        tokenizer.save(partial)
         names = {id(p): n for n, p in module.model.named_parameters()}
         moments = {
             f"{names[id(p)]}.{key}": value.detach().cpu().contiguous()
             for p, state in optimizer.state.items()
             for key, value in state.items()
         }
-        save_file(moments, partial / "optimizer.safetensors")
-        (partial / "train_state.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=2))
+        try:
+            models.save(module.model, partial)
+            tokenizer.save(partial)
+            save_file(moments, partial / "optimizer.safetensors")
+            (partial / "train_state.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=2))
+        except (OSError, SafetensorError) as e:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(f"{target}: cannot be saved ({e}); the same command goes on from the last checkpoint") from e
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         for old in checkpoints(out)[: -args.save_total_limit]:
@@ -261,12 +266,13 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def restore_optimizer(checkpoint: Path, model, optimizer) -> None:
-    moments = load_file(checkpoint / "optimizer.safetensors")
-    for name, p in model.named_parameters():
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        state = {key: moments[f"{name}.{key}"] for key in keys if f"{name}.{key}" in moments}
-        if state:
-            optimizer.state[p] = {key: value if key == "step" else value.to(p.device) for key, value in state.items()}
+    with models.open_tensors(checkpoint / "optimizer.safetensors") as moments:
+        stored = set(moments.keys())
+        for name, p in model.named_parameters():
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in stored]
+            state = {key: moments.get_tensor(f"{name}.{key}") for key in keys}
+            if state:
+                optimizer.state[p] = {k: value if k == "step" else value.to(p.device) for k, value in state.items()}
 
 
 def trim_metrics(file: Path, step: int) -> None:
@@ -308,12 +314,14 @@ def prepare_model(args, resume: Path | None, texts, ranks: Ranks):
     if source:
         directory = models.local_path(str(source))
         model, tokenizer = models.load(directory, method=args.method), data.load_tokenizer(directory)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            known, rows = tokenizer.vocab_size, model.config.vocab_size
+            raise ValueError(f"{directory}: the tokenizer has {known} tokens, but the model only {rows} rows for them")
+        if args.time_conditioned and not model.config.nanoedit.get("time_conditioned"):
+            raise ValueError(f"--time_conditioned is for new models; {directory} was made without it")
     else:
-        tokenizer = (
-            data.toy_tokenizer()
-            if args.dataset_args.startswith("toy")
-            else data.train_tokenizer(texts(), args.vocab_size)
-        )
+        is_toy = data.is_toy(args.dataset_args)
+        tokenizer = data.toy_tokenizer() if is_toy else data.train_tokenizer(texts(), args.vocab_size)
         model = models.build(
             args.method, args.preset, tokenizer.vocab_size, time_conditioned=args.time_conditioned, seed=args.seed
         )
@@ -356,6 +364,8 @@ class Data:
             tokens = medlm.special_tokens(tokenizer)
             for e in self.train.examples:
                 medlm.response_text(e.response, tokens)  # raises now rather than in the middle of the run
+        if not len(self.train):
+            raise ValueError(f"--dataset_args {args.dataset_args}: nothing to train on")
         if self.train.too_long:
             ranks.say(f"{self.train.too_long} samples longer than --max_length {args.max_length} left out")
         tokens = sum(len(e) for e in self.rows(0))
@@ -399,12 +409,8 @@ def train(args, ranks: Ranks) -> None:
         ranks.say(str(report))
     model, tokenizer = prepare_model(args, resume, lambda: data.texts(train_records), ranks)
     dataset = Data(args, tokenizer, train_records, eval_records, ranks)
-    if (
-        args.method == "editflow"
-        and editflow.source(model.config.nanoedit["x0_sampler"]).kind == "uniform"
-        and not resume
-    ):
-        model.set_unigram(unigram(dataset.rows(0), tokenizer.vocab_size))
+    if args.method == "editflow":
+        prepare_source(model, dataset, resume)
     loss_of = loss_function(args, model, tokenizer, ranks.device)
 
     group = args.gradient_accumulation_steps * ranks.world  # micro-batches per step
@@ -491,6 +497,16 @@ class StopSignal:
     def receive(self, number, frame):
         self.requested, self.status = True, 130 if number == signal.SIGINT else 0
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def prepare_source(model, dataset: Data, resume: Path | None) -> None:
+    """What the x0_sampler needs: token frequencies, or a draft in every example. Raises ValueError without drafts."""
+    kind = editflow.source(model.config.nanoedit["x0_sampler"]).kind
+    if kind == "uniform" and not (resume and hasattr(model, "unigram")):
+        model.set_unigram(unigram(dataset.rows(0), model.config.vocab_size))
+    lacking = sum(e.draft is None for e in [*dataset.rows(0), *dataset.eval])
+    if kind == "draft" and lacking:
+        raise ValueError(f'--x0_sampler draft: {lacking} of the records have no "draft" field to start from')
 
 
 def unigram(examples: list, vocab_size: int) -> torch.Tensor:

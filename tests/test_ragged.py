@@ -42,6 +42,15 @@ def test_lists_arrays_tensors_and_flat_rows_pack_alike(sequences):
     assert x.to("cpu").unpack() == sequences
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=6), st.booleans()), max_size=5))
+def test_select_keeps_the_chosen_sequences(rows):
+    chosen = torch.tensor([keep for _, keep in rows], dtype=torch.bool)
+    part = Ragged.pack([s for s, _ in rows]).select(chosen)
+    assert part.unpack() == [s for s, keep in rows if keep]
+    assert part.max_seqlen == max((len(s) for s, keep in rows if keep), default=0)
+
+
 # ---------------------------------------------------------------------------------------------------- edits
 
 

@@ -1,0 +1,341 @@
+"""sample.py on the command line: prompts in, texts out, and what it says when it cannot."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import cli
+import data
+import editflow
+import models
+import sample
+
+ROOT = Path(sample.__file__).parent
+SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+PROMPT, OTHER = "Ann has 3 apples, gets 4:", "Ben has 9 apples, loses 2:"
+STEPS = ["--steps", "6", "--mask_diffusion_step", "4", "--edit_diffusion_step", "3", "--init_num", "10"]
+
+
+def save_checkpoint(directory, method, tokenizer, positions=64, **nanoedit):
+    """Untrained, with rates high enough that a few steps write something."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.PRESETS, "test", SIZE | {"max_position_embeddings": positions})
+        model = models.build(method, "test", tokenizer.vocab_size, **nanoedit)
+    if method == "editflow":
+        torch.nn.init.constant_(model.rate_heads[0].bias, 0.5)
+    models.save(model, directory)
+    tokenizer.save(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Both methods with the tokenizer of the toy task; one with a chat template, trained on the spot."""
+    root, toy = tmp_path_factory.mktemp("checkpoints"), data.toy_tokenizer()
+    chat = data.train_tokenizer(["Hello there. How are you?\n" * 20], 320)
+    assert chat.chat_template
+    flow = {"schedule": "cubic", "x0_sampler": "masks[length:6]"}
+    return {
+        "editflow": save_checkpoint(root / "editflow", "editflow", toy, **flow),
+        "medlm": save_checkpoint(root / "medlm", "medlm", toy),
+        "chat": save_checkpoint(root / "chat", "editflow", chat, positions=256, **flow),
+        "draft": save_checkpoint(root / "draft", "editflow", toy, schedule="linear", x0_sampler="draft"),
+    }
+
+
+@pytest.fixture
+def samples(checkpoints, tmp_path):
+    """Runs sample.py with --output; the records it wrote."""
+
+    def start(name, *flags):
+        file = tmp_path / "texts.jsonl"
+        sample.main(["--model_name_or_path", str(checkpoints[name]), *STEPS, "--output", str(file), *map(str, flags)])
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    return start
+
+
+@pytest.fixture
+def refused(checkpoints, monkeypatch, capsys):
+    """Runs sample.py with flags that must fail; the one line it says."""
+
+    def start(name, *flags):
+        path = checkpoints.get(name, name)
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--model_name_or_path", str(path), *map(str, flags)])
+        with pytest.raises(SystemExit) as end:
+            cli.run(sample.main)
+        err = capsys.readouterr().err
+        assert end.value.code not in (0, None)
+        assert "Traceback" not in err
+        return err.strip().splitlines()[-1]
+
+    return start
+
+
+# ---------------------------------------------------------------------------------------------------- prompts, texts
+
+
+@pytest.mark.parametrize("name", ["editflow", "medlm"])
+def test_prompts_from_the_command_line_are_answered_in_order(name, samples):
+    records = samples(name, "--prompt", PROMPT, OTHER, "--num_samples", 2, "--seed", 5)
+    assert [(r["prompt"], r["seed"]) for r in records] == [(PROMPT, 5), (PROMPT, 6), (OTHER, 5), (OTHER, 6)]
+    assert any(r["response"] for r in records)
+    assert all("<|" not in r["response"] for r in records), "no special tokens in what is written"
+    details = {
+        "editflow": {"substitutions", "deletions", "insertions", "left_over"},
+        "medlm": {"draft", "mask_passes", "edit_passes"},
+    }
+    assert all(r.keys() == {"prompt", "response", "seed"} | details[name] for r in records)
+
+
+@pytest.mark.parametrize("name", ["editflow", "medlm"])
+def test_a_text_does_not_depend_on_its_company(name, samples):
+    flags = ("--prompt", PROMPT, OTHER, "--num_samples", 3, "--order", "random")
+    together = samples(name, *flags)
+    assert samples(name, *flags, "--batch_size", 1) == together
+    assert samples(name, *flags, "--batch_size", 4) == together
+    assert samples(name, "--prompt", OTHER, "--seed", 2, "--order", "random") == [together[5]]
+
+
+def test_seeds_matter(samples):
+    responses = [r["response"] for r in samples("editflow", "--prompt", PROMPT, "--num_samples", 4)]
+    assert len(set(responses)) > 1
+
+
+@pytest.mark.parametrize("name", ["editflow", "medlm"])
+def test_without_a_prompt_text_is_written_from_scratch(name, samples):
+    (record,) = samples(name)
+    assert record["prompt"] == ""
+    assert isinstance(record["response"], str)
+
+
+def test_prompts_from_files(samples, tmp_path):
+    lines, records = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    lines.write_text(f"{PROMPT}\n\n{OTHER}\n")
+    expected = samples("editflow", "--prompt", PROMPT, OTHER)
+    assert samples("editflow", "--prompt_file", lines) == expected
+    records.write_text(json.dumps({"prompt": PROMPT}) + "\n" + json.dumps({"question": OTHER, "answer": "?"}) + "\n")
+    assert samples("editflow", "--prompt_file", records) == expected
+
+
+def test_on_the_terminal_there_is_the_text_alone_or_each_under_a_heading(checkpoints, samples, capsys):
+    (alone,) = samples("editflow", "--prompt", PROMPT)
+    several = samples("editflow", "--prompt", PROMPT, "--num_samples", 2)
+    capsys.readouterr()
+    argv = ["--model_name_or_path", str(checkpoints["editflow"]), *STEPS, "--prompt", PROMPT]
+    sample.main(argv)
+    assert capsys.readouterr().out == alone["response"] + "\n"
+    sample.main([*argv, "--num_samples", "2"])
+    expected = [f"--- {PROMPT!r}, seed {k}\n{record['response']}\n" for k, record in enumerate(several)]
+    assert capsys.readouterr().out == "".join(expected)
+
+
+def test_text_ends_before_end_of_message():
+    assert sample.until([4, 5, 2, 6, 2], 2) == [4, 5]
+    assert sample.until([4, 5], 2) == [4, 5]
+    assert sample.until([4, 5], None) == [4, 5]
+
+
+def test_tau_is_one_over_steps():
+    flow = models.build("editflow", "tiny", 9)
+    for flags, expected in (("", 100), ("--tau 0.25", 4), ("--tau 1", 1), ("--steps 7", 7)):
+        args = sample.parse_args(["--model_name_or_path", "x", *flags.split()])
+        assert sample.passes(flow, args) == expected
+
+
+def test_where_edit_flows_start(samples, monkeypatch):
+    starts, step = [], editflow.sample
+    monkeypatch.setattr(editflow, "sample", lambda *a, x0, **k: starts.append(x0) or step(*a, x0=x0, **k))
+    mask = data.toy_tokenizer().mask_id
+    draft = data.toy_tokenizer().encode("That makes 8.")
+    samples("editflow", "--prompt", PROMPT)
+    samples("editflow", "--prompt", PROMPT, "--mask_length", 3)
+    samples("editflow", "--prompt", PROMPT, "--x0_sampler", "empty")
+    samples("draft", "--prompt", PROMPT, OTHER, "--draft", "That makes 8.")
+    samples("editflow", "--prompt", PROMPT, "--draft", "That makes 8.")
+    assert starts == [[[mask] * 6], [[mask] * 3], [[]], [draft, draft], [draft]]
+
+
+def test_the_chat_template_wraps_prompts_unless_switched_off(checkpoints, samples, monkeypatch):
+    seen, generate = [], sample.generate
+
+    def watched(model, tokenizer, prompts, *args):
+        seen.append(tokenizer.decode(prompts[0], skip_special=False))
+        return generate(model, tokenizer, prompts, *args)
+
+    monkeypatch.setattr(sample, "generate", watched)
+    samples("chat", "--prompt", "Hello")
+    samples("chat", "--prompt", "Hello", "--chat_template", "False")
+    samples("chat")
+    assert "<|im_start|>user\nHello<|im_end|>" in seen[0]
+    assert seen[0].endswith("<|im_start|>assistant\n")
+    assert seen[1:] == ["<|bos|>Hello", "<|bos|>"]
+
+
+# ---------------------------------------------------------------------------------------------------- traces
+
+
+@pytest.mark.parametrize("name", ["editflow", "medlm"])
+def test_a_gif_and_a_page_of_the_decode(name, samples, tmp_path):
+    gif, page = tmp_path / "new/decode.gif", tmp_path / "decode.html"
+    with_trace = samples(name, "--prompt", PROMPT, "--make_gif", gif, "--make_html", page)
+    assert with_trace == samples(name, "--prompt", PROMPT), "watching changes nothing"
+    with Image.open(gif) as image:
+        assert image.format == "GIF"
+        assert image.n_frames > 1
+    assert page.read_text(encoding="utf-8").startswith("<!")
+
+
+def test_make_gif_has_a_default_name(checkpoints, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sample.main(["--model_name_or_path", str(checkpoints["editflow"]), *STEPS, "--prompt", PROMPT, "--make_gif"])
+    assert "decode drawn in decode_trace.gif" in capsys.readouterr().err
+    assert (tmp_path / "decode_trace.gif").stat().st_size > 1000
+
+
+# ---------------------------------------------------------------------------------------------------- conversation
+
+
+@pytest.fixture
+def conversation(checkpoints, monkeypatch, capsys):
+    """Runs --interactive with these lines typed; (stdout, stderr)."""
+
+    def start(name, typed, *flags):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        sample.main(["--model_name_or_path", str(checkpoints[name]), *STEPS, "--interactive", *map(str, flags)])
+        return capsys.readouterr()
+
+    return start
+
+
+@pytest.fixture
+def prompts_seen(monkeypatch):
+    seen, prompt_ids = [], sample.prompt_ids
+
+    def watched(tokenizer, messages, args):
+        seen.append(messages)
+        return prompt_ids(tokenizer, messages, args)
+
+    monkeypatch.setattr(sample, "prompt_ids", watched)
+    return seen
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def test_a_conversation_remembers_until_told_to_forget(conversation, prompts_seen):
+    out, err = conversation("chat", "Hello\nAnd you?\n/clear\nHello\n")
+    assert out.startswith("Chat.")
+    assert err == ""
+    first, second, third = prompts_seen
+    assert first == third == [user("Hello")]
+    assert [m["role"] for m in second] == ["user", "assistant", "user"]
+    assert second[1]["content"] in out
+
+
+def test_raw_continuation_forgets_every_line(conversation, prompts_seen):
+    for name, flags in (("chat", ("--chat_template", False)), ("editflow", ()), ("medlm", ())):
+        prompts_seen.clear()
+        out, err = conversation(name, f"{PROMPT}\n{OTHER}\n", *flags)
+        assert out.startswith("Raw continuation.")
+        assert err == ""
+        assert prompts_seen == [[user(PROMPT)], [user(OTHER)]]
+
+
+@pytest.mark.parametrize("name", ["editflow", "medlm", "chat"])
+def test_an_empty_line_generates_from_scratch(name, conversation, prompts_seen):
+    conversation(name, "\n")
+    assert prompts_seen == [[]]
+
+
+@pytest.mark.parametrize("name", ["editflow", "medlm"])
+def test_a_prompt_that_is_too_long_does_not_end_the_conversation(name, conversation):
+    out, err = conversation(name, f"{PROMPT * 20}\n{PROMPT}\n")
+    assert err.count("error: a prompt of") == 1
+    assert "64 positions" in err
+    alone, _ = conversation(name, f"{PROMPT}\n")
+    assert out.splitlines()[-2:] == alone.splitlines()[-2:], "the next line is answered, with the first seed"
+
+
+@pytest.mark.slow
+def test_a_conversation_through_a_pipe(checkpoints):
+    """As the shell starts it; the output is no terminal, so the answers come without drawing."""
+    flags = ["--model_name_or_path", str(checkpoints["chat"]), "--interactive", *STEPS]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), *flags],
+        input=f"Hello\n\n{'long ' * 300}\n", capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("> ") >= 4
+    assert "\033" not in result.stdout
+    assert result.stderr.startswith("error: a prompt of")
+    assert len(result.stderr.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("name", ["editflow", "medlm"])
+def test_a_prompt_longer_than_the_positions(name, refused):
+    line = refused(name, *STEPS, "--prompt", PROMPT * 20)
+    assert line.startswith("sample.py: error: a prompt of ")
+    assert "64 positions" in line
+
+
+def test_a_roberta_prompt_may_fill_the_positions_that_are_really_there(tmp_path, refused):
+    """Two of its 20 positions are taken by the padding token's offset."""
+    tokenizer = data.toy_tokenizer()
+    raw = SIZE | {"model_type": "roberta", "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 20,
+                  "nanoedit": {"method": "medlm"}}  # fmt: skip
+    models.save(models.MEDLMModel(models.complete_config(raw)), tmp_path)
+    tokenizer.save(tmp_path)
+    prompt = len(data.encode_prompt([user(PROMPT)], tokenizer))
+    sample.main(["--model_name_or_path", str(tmp_path), "--prompt", PROMPT, "--init_num", str(18 - prompt), "-e", "0"])
+    assert "18 positions" in refused(tmp_path, "--prompt", PROMPT, "--init_num", 19 - prompt)
+
+
+def test_flags_that_do_not_go_together(refused):
+    assert "--tau and --steps" in refused("editflow", "--tau", 0.1, "--steps", 3)
+    assert "--mask_length" in refused("editflow", "--mask_length", 3, "--x0_sampler", "empty")
+    assert "--prompt" in refused("editflow", "--prompt", "a", "--prompt_file", "b")
+    assert "--interactive" in refused("editflow", "--interactive", "--prompt", "a")
+    assert "--tau" in refused("editflow", "--tau", 0)
+    assert "--draft is for Edit Flows" in refused("medlm", "--draft", "That makes 8.", *STEPS)
+    assert "give one with --draft" in refused("draft", "--prompt", PROMPT)
+    assert "x0_sampler 'noise' is not known; choose from empty" in refused("editflow", "--x0_sampler", "noise")
+    assert "uniform needs the token frequencies" in refused("editflow", "--x0_sampler", "uniform[length:4]")
+
+
+def test_files_that_are_not_there_or_broken(refused, tmp_path):
+    assert "missing.txt" in refused("editflow", "--prompt_file", tmp_path / "missing.txt")
+    (tmp_path / "broken.jsonl").write_text(json.dumps({"prompt": PROMPT}) + "\n{\n")
+    assert "broken.jsonl:2: not JSON" in refused("editflow", "--prompt_file", tmp_path / "broken.jsonl")
+    (tmp_path / "fields.jsonl").write_text('{"color": "red"}\n')
+    assert "fields.jsonl:1: found fields 'color'" in refused("editflow", "--prompt_file", tmp_path / "fields.jsonl")
+    for name in ("empty.txt", "empty.jsonl"):
+        (tmp_path / name).write_text("\n")
+        assert f"{tmp_path}/{name}" in refused("editflow", "--prompt_file", tmp_path / name)
+    assert "no such directory" in refused(tmp_path / "nowhere")
+    assert "config.json: missing" in refused(tmp_path)
+
+
+def test_a_checkpoint_without_tokenizer(tmp_path, checkpoints, refused):
+    models.save(models.load(checkpoints["editflow"]), tmp_path)
+    assert f"no tokenizer in {tmp_path}" in refused(tmp_path)
+
+
+def test_files_that_cannot_be_written_are_found_before_the_model_is_read(tmp_path, refused, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(models, "load", lambda *a, **k: pytest.fail("the model was read first"))
+    for flag in ("--output", "--make_gif", "--make_html"):
+        path = tmp_path / "file/below"
+        assert f"{path}: cannot be written" in refused("editflow", flag, path)

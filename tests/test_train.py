@@ -1,0 +1,546 @@
+"""train.py from the command line to the checkpoint: what it writes, how it stops and goes on, what it refuses."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cli
+import data
+import medlm
+import models
+import sample
+import train
+
+ROOT = Path(train.__file__).parent
+TOY = "--dataset_args toy[train:48,test:6] --per_device_train_batch_size 8"
+QUICK = "--logging_steps 1 --eval_samples 1 --learning_rate 1e-3"
+# a run of each method: every branch is taken within a few steps
+METHODS = {
+    "editflow": "--method editflow --x0_sampler masks[length:8] --max_length 64",
+    "medlm": (
+        "--method medlm --max_length 64 --pad_len 8 --per_device_train_batch_size 2 "
+        "--intermediate_ratio 0.5 --max_diffusion_steps 3 --min_t 0.1"
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
+@pytest.fixture(autouse=True)
+def tiny_is_even_smaller(monkeypatch):
+    """These tests are about the loop; one size is as good as another."""
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    monkeypatch.setitem(models.PRESETS, "tiny", size)
+
+
+def run(method, out, flags):
+    """The flags given last win. Returns the exit status as main() does."""
+    return train.main(f"{TOY} {QUICK} {METHODS[method]} --output_dir {out} {flags}".split())
+
+
+def command_line(main, argv, monkeypatch, capsys):
+    """(exit status, stderr) of a script, without a new process."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *argv])
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs train.py with flags that must fail; the one line it says, without the script's name."""
+
+    def start(flags):
+        status, err = command_line(train.main, flags.split(), monkeypatch, capsys)
+        assert status not in (0, None), err
+        assert "Traceback" not in err
+        *_, last = err.strip().splitlines()
+        assert last.startswith("script.py: error: "), err
+        return last.removeprefix("script.py: error: ")
+
+    return start
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    """Everything that is computed, without what is measured."""
+    timed = ("seconds", "tokens_per_s")
+    return [{k: v for k, v in line.items() if k not in timed} for line in metrics(out)]
+
+
+def weights(checkpoint):
+    return load_file(checkpoint / "model.safetensors")
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_from_flags_to_sample(method, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(method, out, "--max_steps 6 --eval_steps 3") == 0
+    lines = metrics(out)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 and line["tokens_per_s"] > 0 for line in steps)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
+    parts = set().union(*steps)
+    expected = {"editflow": {"insert", "substitute"}, "medlm": {"mask", "rollout"}}[method]
+    assert all(any(word in part for part in parts) for word in expected), "losses per branch and kind of edit"
+    said = capsys.readouterr().err
+    assert f"saved in {out}/checkpoint-final" in said
+    assert said.count("  | ") == 2, "one text for each evaluation"
+
+    files = {f.name for f in (out / "checkpoint-final").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "train_state.json"} <= files
+    flags = f"--model_name_or_path {out} --output {tmp_path}/texts.jsonl --steps 4 --init_num 8"
+    sample.main([*flags.split(), "--prompt", "Ann has 3 apples, gets 4:"])
+    assert isinstance(json.loads((tmp_path / "texts.jsonl").read_text())["response"], str)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_falls(method, tmp_path):
+    run(method, tmp_path, "--max_steps 60 --eval_strategy no --learning_rate 1e-2 --intermediate_ratio 0")
+    curve = [line["loss"] for line in metrics(tmp_path)]
+    assert sum(curve[-15:]) < 0.7 * sum(curve[:15])
+
+
+def test_a_run_is_a_function_of_its_seed(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run("editflow", tmp_path / name, f"--max_steps 3 --seed {seed}")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+    assert same_weights(tmp_path / "a/checkpoint-final", tmp_path / "b/checkpoint-final")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulation_checkpointing_bf16_and_the_other_schedules_run(method, tmp_path):
+    flags = "--gradient_accumulation_steps 2 --bf16 --gradient_checkpointing --weight_decay 0.1 --eval_strategy epoch"
+    assert run(method, tmp_path, f"{flags} --max_steps 3 --lr_scheduler_type linear --warmup_steps 2") == 0
+    rates = [line["lr"] for line in metrics(tmp_path) if "lr" in line]
+    assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3])
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
+    for name, flag in (("a", "False"), ("b", "True")):
+        run("editflow", tmp_path / name, f"--max_steps 3 --gradient_checkpointing {flag}")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_learning_rate(kind):
+    flags = f"--method medlm --output_dir x --lr_scheduler_type {kind} --warmup_ratio 0.1 --learning_rate 2.0"
+    args = train.parse_args(flags.split())
+    rate = [train.learning_rate(step, 110, args) for step in range(110)]
+    assert rate[:11] == pytest.approx([2.0 * (i + 1) / 11 for i in range(11)])
+    half = {"cosine": 1.0, "linear": 1.0, "constant": 2.0}[kind]
+    assert (rate[60] + rate[61]) / 2 == pytest.approx(half, abs=0.04)
+    assert rate[109] == pytest.approx(2.0 if kind == "constant" else 0.0, abs=0.03)
+    assert all(a >= b for a, b in zip(rate[10:], rate[11:]))
+
+
+def test_steps_follow_from_epochs_and_groups(tmp_path):
+    """48 examples, batches of 8, 2 to a step: 3 steps an epoch."""
+    run("editflow", tmp_path, "--num_train_epochs 2 --gradient_accumulation_steps 2 --eval_strategy no")
+    assert metrics(tmp_path)[-1]["step"] == 6
+
+
+def test_every_example_once_an_epoch_in_another_order():
+    args = train.parse_args(f"{TOY} {METHODS['editflow']} --output_dir x".split())
+    records, held_out, _ = data.load_records(args.dataset_args, args.seed)
+    dataset = train.Data(args, data.toy_tokenizer(), records, held_out, train.Ranks())
+    stream = dataset.stream(0)
+    epochs = [[tuple(e.prompt + e.response) for _ in range(6) for e in next(stream)] for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert epochs[0] != epochs[1]
+    skipped = dataset.stream(9)
+    assert [tuple(e.prompt + e.response) for _ in range(3) for e in next(skipped)] == epochs[1][24:]
+
+
+def test_continued_training_from_a_checkpoint_keeps_its_settings(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run("editflow", first, "--max_steps 1 --schedule linear --x0_sampler masks[length:5] --time_conditioned")
+    flags = f"--method editflow --model_name_or_path {first} --output_dir {second} --max_steps 1"
+    train.main(f"{TOY} {QUICK} {flags}".split())
+    settings = models.load(second).config.nanoedit
+    assert settings["schedule"] == "linear"
+    assert settings["x0_sampler"] == "masks[length:5]"
+    assert settings["time_conditioned"] is True
+
+
+def test_copy_head_starts_the_second_head_as_the_first(tmp_path, monkeypatch):
+    seen, loss = [], medlm.mask_loss
+
+    def watched(model, *args):
+        seen.append({name: p.clone() for name, p in model.state_dict().items()})
+        return loss(model, *args)
+
+    monkeypatch.setattr(medlm, "mask_loss", watched)
+    run("medlm", tmp_path, "--max_steps 2 --copy_head --intermediate_ratio 0 --eval_strategy no")
+    assert torch.equal(seen[0]["lm_head.weight"], seen[0]["next_token_head.weight"])
+    assert not torch.equal(seen[1]["lm_head.weight"], seen[1]["next_token_head.weight"])
+
+
+# ---------------------------------------------------------------------------------------------------- sources
+
+
+def test_drafts_are_where_training_starts(tmp_path):
+    run("editflow", tmp_path, "--dataset_args toy-repair[train:48,test:6] --x0_sampler draft --max_steps 3")
+    assert models.load(tmp_path).config.nanoedit["x0_sampler"] == "draft"
+    flags = f"--model_name_or_path {tmp_path} --output {tmp_path}/repaired.jsonl --steps 4"
+    sample.main([*flags.split(), "--prompt", "Ann has 3 apples, gets 4:", "--draft", "That makes 8."])
+    assert isinstance(json.loads((tmp_path / "repaired.jsonl").read_text())["response"], str)
+
+
+def jsonl(path, *records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def test_one_record_without_a_draft_is_found_before_training_starts(tmp_path, refused):
+    pair = {"prompt": "2 + 2", "response": "4"}
+    file = jsonl(tmp_path / "pairs.jsonl", *[pair | {"draft": "5"}] * 40, pair)
+    flags = "--method editflow --x0_sampler draft --vocab_size 300 --max_length 64 --max_steps 2"
+    line = refused(f"{flags} --per_device_train_batch_size 1 --dataset_args {file}[test:0] --output_dir {tmp_path}/out")
+    assert "draft" in line
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_uniform_starts_from_the_frequencies_of_the_responses(tmp_path):
+    run("editflow", tmp_path, "--x0_sampler uniform[length:6] --max_steps 2")
+    model, tokenizer = models.load(tmp_path), data.load_tokenizer(tmp_path / "checkpoint-final")
+    records, _, _ = data.load_records("toy[train:48,test:6]", 42)
+    ids = [i for r in records for i in [*tokenizer.encode(r["response"]), tokenizer.eos_id]]
+    expected = torch.bincount(torch.tensor(ids), minlength=tokenizer.vocab_size) / len(ids)
+    torch.testing.assert_close(model.unigram, expected)
+
+
+def test_a_model_with_more_rows_than_tokens_keeps_them(tmp_path):
+    """Published embeddings are often rounded up."""
+    tokenizer = data.toy_tokenizer()
+    model = models.build("editflow", "tiny", tokenizer.vocab_size + 7)
+    models.save(model, tmp_path / "wide")
+    tokenizer.save(tmp_path / "wide")
+    out = tmp_path / "out"
+    run("editflow", out, f"--model_name_or_path {tmp_path}/wide --x0_sampler uniform[length:6] --max_steps 1")
+    assert models.load(out).unigram.shape == (tokenizer.vocab_size + 7,)
+
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 60
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    file = tmp_path_factory.mktemp("corpus") / "fox.txt"
+    file.write_text(TEXT)
+    return file
+
+
+def test_a_text_brings_its_own_tokenizer(corpus, tmp_path):
+    run("editflow", tmp_path, f"--dataset_args {corpus} --max_length 16 --vocab_size 320 --max_steps 2")
+    tokenizer = data.load_tokenizer(tmp_path / "checkpoint-final")
+    assert models.load(tmp_path).config.vocab_size == tokenizer.vocab_size == 320
+    assert len(tokenizer.encode(" quick")) == 1, "trained on this text"
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+def test_a_file_called_toys_is_not_the_toy_task(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toys.txt").write_text(TEXT)
+    run("editflow", tmp_path / "out", "--dataset_args toys.txt --max_length 16 --vocab_size 320 --max_steps 1")
+    assert models.load(tmp_path / "out").config.vocab_size == 320
+
+
+# ---------------------------------------------------------------------------------------------------- stop, go on
+
+
+def signal_at(step, number, monkeypatch, times=1):
+    """A real signal to this process while that step is logged."""
+    write = train.Log.write
+
+    def interrupted(log, at, lr):
+        values = write(log, at, lr)
+        if at == step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return values
+
+    monkeypatch.setattr(train.Log, "write", interrupted)
+    return lambda: monkeypatch.setattr(train.Log, "write", write)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_stopped_run_saves_says_where_and_goes_on_bit_for_bit(method, number, tmp_path, monkeypatch, capsys):
+    flags = "--max_steps 8 --eval_steps 4 --gradient_accumulation_steps 2"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(method, whole, flags)
+    undo = signal_at(5, number, monkeypatch)
+    capsys.readouterr()
+    status = run(method, parts, flags)
+    assert status == (130 if number == signal.SIGINT else 0)
+    assert f"stopped at step 5; saved in {parts}/checkpoint-5; the same command goes on" in capsys.readouterr().err
+    assert not (parts / "checkpoint-final").exists()
+    undo()
+    assert run(method, parts, flags) == 0
+    assert "continuing" in capsys.readouterr().err
+    assert losses(parts) == losses(whole)
+    assert same_weights(parts / "checkpoint-final", whole / "checkpoint-final")
+
+
+def test_a_run_killed_at_once_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
+    """A second Ctrl-C does not wait for anything; neither does a power cut."""
+    flags = "--max_steps 8 --save_steps 3"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run("editflow", whole, flags)
+    undo = signal_at(5, signal.SIGINT, monkeypatch, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        run("editflow", parts, flags)
+    undo()
+    assert [c.name for c in train.checkpoints(parts)] == ["checkpoint-3"]
+    with open(parts / "metrics.jsonl", "a") as f:
+        f.write('{"step": 6, "lo')  # the line that was being written
+    run("editflow", parts, flags)
+    assert losses(parts) == losses(whole)
+    assert same_weights(parts / "checkpoint-final", whole / "checkpoint-final")
+
+
+@pytest.fixture
+def full_disk():
+    """Calls a function while no file may grow beyond 20 kB: writing fails as it does on a full disk."""
+
+    def call(function, *args, **kwargs):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return call
+
+
+@pytest.mark.parametrize("where", ["model", "optimizer"])
+def test_a_save_that_fails_leaves_the_older_checkpoint_whole(where, tmp_path, monkeypatch, full_disk):
+    flags = "--max_steps 6 --save_steps 2 --save_total_limit 1"
+    owner, name = {"model": (models, "save"), "optimizer": (train, "save_file")}[where]
+    save, calls = getattr(owner, name), []
+
+    def second_fails(*args):
+        calls.append(args)
+        return full_disk(save, *args) if len(calls) == 2 else save(*args)
+
+    monkeypatch.setattr(owner, name, second_fails)
+    with pytest.raises(OSError, match=f"{tmp_path}/checkpoint-4: cannot be saved .*the same command goes on"):
+        run("editflow", tmp_path, flags)
+    assert [c.name for c in train.checkpoints(tmp_path)] == ["checkpoint-2"]
+    models.load(tmp_path)
+    run("editflow", tmp_path, flags)
+    assert [c.name for c in train.checkpoints(tmp_path)] == ["checkpoint-final"]
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_only_so_many_checkpoints_are_kept(tmp_path):
+    run("editflow", tmp_path, "--max_steps 6 --save_steps 1 --save_total_limit 2 --eval_strategy no")
+    assert [c.name for c in train.checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-final"]
+
+
+def test_a_finished_run_is_not_trained_further_unless_overwritten(tmp_path):
+    run("editflow", tmp_path, "--max_steps 2")
+    before = losses(tmp_path)
+    run("editflow", tmp_path, "--max_steps 2")
+    assert losses(tmp_path) == before
+    run("editflow", tmp_path, "--max_steps 3 --seed 7 --overwrite_output_dir")
+    assert [line["step"] for line in metrics(tmp_path) if "loss" in line] == [1, 2, 3]
+    assert losses(tmp_path)[0] != before[0]
+
+
+# ---------------------------------------------------------------------------------------------------- many processes
+
+
+def subprocess_train(flags, launcher=""):
+    """train.py as it is called on the command line, in a process of its own (without this file's smaller `tiny`)."""
+    return subprocess.Popen(
+        [sys.executable, *launcher.split(), str(ROOT / "train.py"), *flags.split()],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_compute_what_one_does_with_accumulation(method, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the preset as the other processes know it
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    flags = f"{TOY} {QUICK} {METHODS[method]} --max_steps 4"
+    flags += " --eval_samples 0 --eval_steps 2 --per_device_eval_batch_size 3"
+    launcher = "-m torch.distributed.run --nproc_per_node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0"
+    two = subprocess_train(f"{flags} --output_dir {tmp_path}/two", launcher)
+    train.main(f"{flags} --output_dir {tmp_path}/one --gradient_accumulation_steps 2".split())
+    _, err = two.communicate(timeout=300)
+    assert two.returncode == 0, err
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, rel=1e-4)
+    a, b = weights(tmp_path / "one/checkpoint-final"), weights(tmp_path / "two/checkpoint-final")
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-3
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_errors_as_the_shell_sees_them(tmp_path):
+    bad = subprocess_train(f"{TOY} --method editflow --schedule quartic --output_dir {tmp_path}/bad")
+    out, flags = tmp_path / "out", f"--max_steps 100000 --eval_strategy no --output_dir {tmp_path}/out"
+    run = subprocess_train(f"{TOY} {QUICK} {METHODS['editflow']} {flags}")
+    while run.poll() is None and not (out / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 130, err
+    assert "Traceback" not in err
+    (saved,) = train.checkpoints(out)
+    assert f"saved in {saved}" in err
+    assert models.load(out).config.nanoedit["method"] == "editflow"
+
+    _, err = bad.communicate(timeout=120)
+    assert bad.returncode == 1
+    assert err.splitlines()[-1].startswith("train.py: error: schedule 'quartic' is not known; choose from linear")
+    assert "Traceback" not in err
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+def test_an_output_directory_that_cannot_be_written_is_found_first(tmp_path, refused, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(data, "load_records", lambda *a, **k: pytest.fail("the data were read first"))
+    for out in (tmp_path / "file", tmp_path / "file/out", tmp_path / "file/a/b"):
+        for extra in ("", "--overwrite_output_dir"):
+            line = refused(f"--method editflow --output_dir {out} {extra}")
+            assert line.startswith(f"--output_dir {out}: cannot be written to")
+
+
+def test_data_that_cannot_be_used(tmp_path, refused):
+    def with_data(spec, more=""):
+        flags = f"--method editflow --output_dir {tmp_path}/out --vocab_size 300 --max_steps 1 {more}"
+        return refused(f"{flags} --dataset_args {spec}")
+
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert "empty.txt" in with_data(tmp_path / "empty.txt")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl" in with_data(tmp_path / "empty.jsonl")
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": "broken\n{"text": "fine"}\n')
+    assert f"{tmp_path}/broken.jsonl:2: not JSON" in with_data(tmp_path / "broken.jsonl")
+    lacking = jsonl(tmp_path / "lacking.jsonl", {"prompt": "a", "response": "b"}, {"prompt": "a"})
+    assert f"{lacking}:2: field 'response' must be text" in with_data(lacking)
+    assert "missing.txt: no such file" in with_data(tmp_path / "missing.txt")
+    (tmp_path / "short.txt").write_text("far too short\n" * 3)
+    assert "fewer than one example of --max_length 512" in with_data(tmp_path / "short.txt")
+    long = jsonl(tmp_path / "long.jsonl", *[{"prompt": "abc " * 9, "response": "def " * 9}] * 3)
+    assert "longer than --max_length 8" in with_data(long, "--max_length 8")
+    assert "dataset spec" in with_data("toy[trian:5]")
+    assert "nothing to train on" in with_data("toy[train:0,test:2]")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--schedule quartic", "schedule 'quartic' is not known; choose from linear, cosine, cubic"),
+        ("--x0_sampler noise", "choose from empty, masks[length:NUMBER], uniform[length:NUMBER], draft"),
+        ("--x0_sampler masks[size:3]", "cannot read 'size:3'"),
+        ("--x0_sampler masks[length:1.5]", "length must be a whole number"),
+        ("--preset huge", "--preset 'huge' is not known; choose from tiny, small, medium, 280m, 1.3b"),
+        ("--max_length 1", "--max_length"),
+        ("--learning_rate nan", "--learning_rate"),
+        ("--min_t 0.6 --max_t 0.5", "--min_t 0.6 must be below --max_t 0.5"),
+        ("--pad_len 700", "--pad_len 700 must not exceed --max_length 512"),
+        ("--bf16 maybe", "--bf16: expected True or False, got 'maybe'"),
+        ("--methid x", "--methid"),
+        ("--model_name_or_path ./nowhere", "./nowhere: no such directory"),
+    ],
+)
+def test_flags_that_cannot_be(flags, said, tmp_path, refused):
+    assert said in refused(f"--method editflow --dataset_args toy[train:48,test:6] --output_dir {tmp_path} {flags}")
+
+
+@pytest.fixture
+def toy_checkpoint(tmp_path):
+    """An untrained Edit Flows model of the toy task."""
+    directory, tokenizer = tmp_path / "start", data.toy_tokenizer()
+    models.save(models.build("editflow", "tiny", tokenizer.vocab_size), directory)
+    tokenizer.save(directory)
+    return directory
+
+
+def test_checkpoints_that_do_not_fit(toy_checkpoint, tmp_path, refused):
+    def with_model(method):
+        data = "--dataset_args toy[train:48,test:6] --max_steps 1"
+        return refused(f"--method {method} --output_dir {tmp_path}/out --model_name_or_path {toy_checkpoint} {data}")
+
+    assert "this is a checkpoint of method 'editflow', but 'medlm' is asked for" in with_model("medlm")
+    tokenizer = data.train_tokenizer([TEXT], 320)
+    tokenizer.save(toy_checkpoint)
+    assert "320" in with_model("editflow"), "a tokenizer with more tokens than the model has rows"
+    (toy_checkpoint / "tokenizer.json").unlink()
+    assert f"no tokenizer in {toy_checkpoint}" in with_model("editflow")
+    (toy_checkpoint / "model.safetensors").write_bytes(b"\0" * 50)
+    assert "model.safetensors: truncated or corrupt" in with_model("editflow")
+
+
+def test_a_run_of_the_other_method_in_the_output_directory(tmp_path, refused):
+    run("editflow", tmp_path, "--max_steps 1")
+    line = refused(f"--method medlm --output_dir {tmp_path}")
+    assert "this is a checkpoint of method 'editflow'" in line
+
+
+def test_a_truncated_optimizer_file_is_named(tmp_path, refused):
+    run("editflow", tmp_path, "--max_steps 1")
+    file = tmp_path / "checkpoint-final/optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    line = refused(f"--method editflow --output_dir {tmp_path} --max_steps 2")
+    assert str(file) in line
+
+
+def test_time_conditioning_is_not_silently_ignored(toy_checkpoint, tmp_path, refused):
+    flags = f"--method editflow --model_name_or_path {toy_checkpoint} --output_dir {tmp_path}/out --max_steps 1"
+    line = refused(f"{flags} --time_conditioned")
+    assert "--time_conditioned" in line
+
+
+def test_sequences_beyond_absolute_positions_are_one_line(tmp_path, refused):
+    tokenizer = data.toy_tokenizer()
+    raw = models.PRESETS["tiny"] | {
+        "model_type": "bert", "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 20,
+        "nanoedit": {"method": "editflow"},
+    }  # fmt: skip
+    models.save(models.EditFlowModel(models.complete_config(raw)), tmp_path / "bert")
+    tokenizer.save(tmp_path / "bert")
+    flags = f"--model_name_or_path {tmp_path}/bert --output_dir {tmp_path}/out --max_steps 2"
+    line = refused(f"--method editflow --x0_sampler masks[length:16] --dataset_args toy[train:48,test:6] {flags}")
+    assert "20 positions" in line
