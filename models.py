@@ -47,7 +47,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
         groups = q.shape[1] // k.shape[1]  # expanded here: torch 2.11 has no enable_gqa
         k, v = (z.repeat_interleave(groups, dim=1) if groups > 1 else z for z in (k, v))
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(side, side))
-    if max_seqlen <= SHORT:
+    if max_seqlen <= SHORT and torch.is_grad_enabled():
         return _attend_padded(q, k, v, cu_seqlens, max_seqlen, window)
     fences = cu_seqlens.tolist()
     rows = [_attend_one(q[a:b], k[a:b], v[a:b], window) for a, b in zip(fences[:-1], fences[1:]) if b > a]
@@ -64,23 +64,57 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, L: int, window: int | None) -> Tensor:
+    """One softmax over all heads of all sequences, [B, H, L, L]. Keys beyond a sequence's end are hidden, so that the
+    padding may hold anything; here, copies of other tokens."""
     T, H, hd = q.shape
-    B, KV = len(cu_seqlens) - 1, k.shape[1]
-    lengths = cu_seqlens.diff().long()
-    shift = torch.arange(B, device=q.device) * L - cu_seqlens[:-1]
-    slot = torch.arange(T, device=q.device) + shift.repeat_interleave(lengths, output_size=T)  # [T] into [B * L]
-    padded = q.new_zeros(B * L, H + 2 * KV, hd).index_copy_(0, slot, torch.cat([q, k, v], dim=1))
-    q, k, v = padded.view(B, L, -1, hd).transpose(1, 2).split([H, KV, KV], dim=1)  # [B, H or KV, L, hd]
-    if KV < H:
-        k, v = k.repeat_interleave(H // KV, dim=1), v.repeat_interleave(H // KV, dim=1)
-    column = torch.arange(L, device=q.device)
+    B, groups = len(cu_seqlens) - 1, H // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    start, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    column, head = torch.arange(L, device=q.device), torch.arange(H, device=q.device)
+    token = (start[:, None] + column).clamp_max(T - 1)  # [B, L]: which token sits there
+    source = (token[:, None] * H + head[:, None]).flatten()  # [B * H * L] into the rows of q.reshape(T * H, hd)
+    slot = torch.arange(T, device=q.device) + (torch.arange(B, device=q.device) * (H * L) - start).repeat_interleave(
+        lengths, output_size=T
+    )
+    slot = (slot[:, None] + head * L).flatten()  # [T * H] into the rows of the padded ones: the inverse of `source`
+    q, k, v = (_Pad.apply(z.reshape(T * H, hd), source, slot).view(B * H, L, hd) for z in (q * hd**-0.5, k, v))
+
     hidden = (column >= lengths[:, None])[:, None, None]  # [B, 1, 1, L]
     if window is not None:
         hidden = hidden | ((column[:, None] - column).abs() > window)
-    scores = (q @ k.transpose(2, 3)) * hd**-0.5  # [B, H, L, L]
+    scores = torch.bmm(q, k.transpose(1, 2)).view(B, H, L, L)
     # a finite floor: a padding row may see nothing at all, and softmax over -inf alone is NaN
     weights = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1).to(v.dtype)
-    return (weights @ v).transpose(1, 2).reshape(B * L, H, hd).index_select(0, slot)
+    out = torch.bmm(weights.view(B * H, L, L), v)
+    return _Unpad.apply(out.view(B * H * L, hd), slot).view(T, H, hd)
+
+
+class _Pad(torch.autograd.Function):
+    """Rows of x in a padded order. The padding gets no gradient, so the backward pass is a gather, not a sum."""
+
+    @staticmethod
+    def forward(ctx, x, source, slot):
+        ctx.save_for_backward(slot)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        return d_out.index_select(0, *ctx.saved_tensors), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """The rows that are no padding, in their old order."""
+
+    @staticmethod
+    def forward(ctx, x, slot):
+        ctx.save_for_backward(slot)
+        ctx.rows = len(x)
+        return x.index_select(0, slot)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        return d_out.new_zeros(ctx.rows, d_out.shape[1]).index_copy_(0, *ctx.saved_tensors, d_out), None
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
