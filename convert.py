@@ -483,7 +483,8 @@ def transparent_transform(shapes: dict[str, torch.Size]) -> dict[str, tuple[Tens
 
 def check(stored: Stored, shape: tuple[int, ...]) -> None:
     if stored.dtype is None:
-        raise ValueError(f"tensor {stored.name!r} is none of {', '.join(DTYPES)}: quantised weights cannot be converted")
+        known = ", ".join(DTYPES)
+        raise ValueError(f"tensor {stored.name!r} is none of {known}: quantised weights cannot be converted")
     if stored.shape != shape:
         found, asked = list(stored.shape), list(shape)
         raise ValueError(f"tensor {stored.name!r} has shape {found}, config.json asks for {asked}")

@@ -289,7 +289,7 @@ def sample(
 ) -> list[Sampled]:
     """Run the chain from t = 0 to 1 in `steps` equal steps (tau-leaping, tau = 1 / steps), prompts in one batch.
 
-    In a step from t to t + tau a remaining edit fires with probability q = (kappa(t + tau) - kappa(t)) / (1 - kappa(t)),
+    From t to t + tau a remaining edit fires with probability q = (kappa(t + tau) - kappa(t)) / (1 - kappa(t)),
     so a token is substituted or deleted with probability q (lambda_sub + lambda_del) and gets a right neighbour with
     probability q lambda_ins, each at most 1. For small tau this is the Euler step; in the last one q = 1, and every
     expected edit is made instead of being cut off. At most one token is inserted per gap and step.
