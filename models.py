@@ -65,14 +65,14 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, L: int, window: int | None) -> Tensor:
     """One softmax over all heads of all sequences, [B, H, L, L]. Keys beyond a sequence's end are hidden, so that the
-    padding may hold anything; here, copies of other tokens."""
+    padding may hold anything; here, copies of the sequence's last token."""
     T, H, hd = q.shape
     B, groups = len(cu_seqlens) - 1, H // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     start, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     column, head = torch.arange(L, device=q.device), torch.arange(H, device=q.device)
-    token = (start[:, None] + column).clamp_max(T - 1)  # [B, L]: which token sits there
+    token = torch.minimum(start + lengths - 1, start + column[:, None]).clamp_min(0).T  # [B, L]: which token sits there
     source = (token[:, None] * H + head[:, None]).flatten()  # [B * H * L] into the rows of q.reshape(T * H, hd)
     slot = torch.arange(T, device=q.device) + (torch.arange(B, device=q.device) * (H * L) - start).repeat_interleave(
         lengths, output_size=T
