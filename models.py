@@ -461,6 +461,11 @@ def complete_config(raw: dict) -> SimpleNamespace:
     if is_decoder:
         c.num_key_value_heads = c.num_key_value_heads or c.num_attention_heads
         c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
+        if c.num_attention_heads % c.num_key_value_heads:
+            raise ValueError(
+                f"config.json: num_attention_heads {c.num_attention_heads} must be a multiple of num_key_value_heads "
+                f"{c.num_key_value_heads}"
+            )
         if kind in ("llama", "qwen3"):  # their one switch is for all four projections
             c.attention_out_bias = c.attention_bias
     if kind == "modernbert" and not raw.get("layer_types"):  # transformers 5 writes the list, older configs the period

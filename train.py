@@ -148,14 +148,14 @@ class Ranks:
         if self.is_main:
             tqdm.write(text, file=sys.stderr)
 
-    def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """Average over the processes; a key that only some have is averaged over those."""
-        if self.world == 1:
-            return values
-        everyone = [None] * self.world
-        dist.all_gather_object(everyone, values)
-        keys = dict.fromkeys(k for v in everyone for k in v)
-        return {k: sum(v[k] for v in everyone if k in v) / sum(k in v for v in everyone) for k in keys}
+    def mean(self, sums: dict[str, float], counts: dict[str, int]) -> dict[str, float]:
+        """Sums over counts, of all processes together; a key need not be known to all of them."""
+        everyone = [(sums, counts)]
+        if self.world > 1:
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, (sums, counts))
+        keys = dict.fromkeys(k for s, _ in everyone for k in s)
+        return {k: sum(s.get(k, 0) for s, _ in everyone) / sum(n.get(k, 0) for _, n in everyone) for k in keys}
 
     def any(self, flag: bool) -> bool:
         if self.world == 1:
@@ -517,17 +517,24 @@ def unigram(examples: list, vocab_size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(loss_of, module, examples: list, args, ranks: Ranks) -> dict[str, float]:
-    """Mean loss on the held-out examples. The noise depends on the batch number alone, so that figures compare."""
+    """Mean loss on the held-out examples. The noise depends on the batch number alone, so that figures compare.
+
+    Batches that are computed at the same time share the choices of a rollout, as in training; so groups of 8 do (or of
+    the next multiple of the number of processes), and every process makes the same number of rounds.
+    """
     module.eval()
     size, sums, counts = args.per_device_eval_batch_size, {}, {}
     batches = [examples[i : i + size] for i in range(0, len(examples), size)]
-    for i in range(ranks.rank, len(batches), ranks.world):
-        loss, parts = loss_of(module.module if ranks.world > 1 else module, batches[i], (0, i, 0), 1.0)
-        for name, value in {"loss": loss, **parts}.items():
-            sums[name] = sums.get(name, 0.0) + float(value) * len(batches[i])
-            counts[name] = counts.get(name, 0) + len(batches[i])
+    world = ranks.world
+    group, rounds = -(-8 // world) * world, -(-len(batches) // world)
+    for i in range(ranks.rank, rounds * world, world):
+        batch, counted = (batches[i], True) if i < len(batches) else (batches[0], False)
+        loss, parts = loss_of(module.module if world > 1 else module, batch, (0, i // group, i), 1.0)
+        for name, value in {"loss": loss, **parts}.items() if counted else ():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(batch)
+            counts[name] = counts.get(name, 0) + len(batch)
     module.train()
-    return {f"eval_{name}": value for name, value in ranks.mean({k: v / counts[k] for k, v in sums.items()}).items()}
+    return {f"eval_{name}": value for name, value in ranks.mean(sums, counts).items()}
 
 
 def show_samples(model, tokenizer, examples: list, args, ranks: Ranks) -> None:
@@ -584,7 +591,7 @@ class Log:
         self.tokens += tokens
 
     def write(self, step: int, lr: float) -> dict:
-        means = self.ranks.mean({name: float(total) / self.counts[name] for name, total in self.sums.items()})
+        means = self.ranks.mean({name: float(total) for name, total in self.sums.items()}, self.counts)
         speed = self.tokens * self.ranks.world / (time.monotonic() - self.since)
         self.append(
             {

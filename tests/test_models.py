@@ -35,7 +35,10 @@ FAMILIES = {
     "llama, biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "qwen2": ("Qwen2ForCausalLM", {"num_key_value_heads": 2}),
     "qwen3": ("Qwen3ForCausalLM", {"num_key_value_heads": 2, "head_dim": 16}),
-    "qwen3, biases": ("Qwen3ForCausalLM", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True}),
+    "qwen3, biases": (
+        "Qwen3ForCausalLM",
+        {"num_key_value_heads": 4, "head_dim": 16, "attention_bias": True, "tie_word_embeddings": True},
+    ),
     "modernbert": ("ModernBertForMaskedLM", PADS | {"local_attention": 16}),
     "modernbert, every second": (
         "ModernBertForMaskedLM",
@@ -532,12 +535,12 @@ def damage_config_is_a_list(d):
 
 def damage_model_type(d):
     edit_config(d, model_type="gpt2")
-    return "config.json: model_type 'gpt2' is not supported; choose from llama, .*, roberta"
+    return "config.json: model_type 'gpt2' is not supported; these are: llama, .*, roberta"
 
 
 def damage_size(d):
     edit_config(d, hidden_size="128")
-    return "config.json: field 'hidden_size' must be an integer, found '128'"
+    return "config.json: field 'hidden_size' must be a positive integer, found '128'"
 
 
 def damage_heads(d):
@@ -617,7 +620,7 @@ def damage_index_of_another_kind(d):
 def damage_no_heads(d):
     edit_config(d, nanoedit={})
     edit_tensors(d, lambda tensors: [tensors.pop(f"rate_heads.0.{p}") for p in ("weight", "bias")])
-    return "no Edit Flows or ME-DLM heads in this checkpoint; add them with: convert.py --to editflow"
+    return "no Edit Flows or ME-DLM heads in this checkpoint; add them with `convert.py --to editflow"
 
 
 DAMAGES = [f for name, f in list(globals().items()) if name.startswith("damage_")]
