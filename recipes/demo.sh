@@ -10,7 +10,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 
 if [ ! -e "$OUT/checkpoint-final" ]; then
   $PYTHON train.py --method editflow --dataset_args toy --preset tiny --x0_sampler empty --schedule linear \
-    --max_steps 12000 --per_device_train_batch_size 32 --learning_rate 3e-3 --warmup_ratio 0.05 --weight_decay 0.01 \
+    --max_steps 8000 --per_device_train_batch_size 32 --learning_rate 1e-3 --warmup_ratio 0.05 --weight_decay 0.01 \
     --max_length 64 --logging_steps 100 --eval_steps 2000 --save_steps 2000 --output_dir "$OUT"
 fi
 

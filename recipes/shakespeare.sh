@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-out/shakespeare}
 
 $PYTHON train.py --method editflow --dataset_args "$TEXT" --max_length 128 --x0_sampler "masks[length:64]" \
-  --preset small --vocab_size ${VOCAB:-4096} --bf16 --per_device_train_batch_size 16 --learning_rate 1e-3 \
+  --schedule linear --preset small --vocab_size ${VOCAB:-4096} --bf16 --per_device_train_batch_size 16 --learning_rate 6e-4 \
   --warmup_ratio 0.05 --weight_decay 0.05 --max_steps ${STEPS:-5000} --eval_steps 500 --logging_steps 50 --output_dir "$OUT"
 
 $PYTHON sample.py --model_name_or_path "$OUT" --tau 0.01 --mask_length 64 --seed 42 --top_p 0.9 --make_gif "$OUT/decode_trace.gif"

@@ -277,10 +277,9 @@ def test_gradient_checkpointing_keeps_less_for_the_backward_pass():
     assert kept[1] < kept[0] / 3
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta"], indirect=True)
 def test_absolute_positions_end_with_an_error_in_words(family):
     backbone = family[1]
-    if not isinstance(backbone, models.Bert):
-        pytest.skip("rotary positions never end")
     last = 128 - backbone.first_position
     backbone(batch(last))
     with pytest.raises(ValueError, match=f"{last + 1} tokens.*{last} positions"):
