@@ -2,7 +2,7 @@
 
     python convert.py --to editflow --model_name_or_path answerdotai/ModernBERT-large --output_dir .models/ModernBERT
     python convert.py --to medlm -i GSAI-ML/LLaDA-8B-Base -o .models/LLaDA
-    python convert.py --to hf -i out/run/checkpoint-final -o .models/plain
+    python convert.py --to hf -i out/run/checkpoint-final -o .models/plain          (with adapters: --merge_lora)
 
 The weights of the backbone are never changed, only renamed where they must be. A conversion is four steps (`convert`):
 
@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 import cli
 import editflow
+import lora
 import models
 from tokenizer import CHAT_TEMPLATE, DEL_TOKEN, SPECIAL_TOKENS, Tokenizer, load_tokenizer
 
@@ -111,6 +112,7 @@ def parse_args(argv=None):
     a("--model_name_or_path", "--input", "-i", required=True, help="checkpoint directory or hub id to read")
     a("--output_dir", "-o", required=True, help="directory to write; must be new or empty")
     a("--revision", help="branch, tag or commit of the hub repository")
+    f.flag("--merge_lora", help="the source holds LoRA adapters: add them to the weights they were trained on")
     f.flag("--overwrite", help="replace the checkpoint in output_dir")
     a("--x0_sampler", help="Edit Flows: where generation starts (default: the source's, else empty)")
     a("--schedule", help="Edit Flows: kappa (default: the source's, else cubic)")
@@ -271,6 +273,47 @@ def llada_name(name: str) -> str:
     if (m := re.fullmatch(r"model\.transformer\.(\w+)\.(\w+)", name)) and m[1] in LLADA_ENDS:
         return f"{LLADA_ENDS[m[1]]}.{m[2]}"
     return name
+
+
+@dataclass
+class Merged(Stored):
+    """A matrix of the blocks and what LoRA adds to it."""
+
+    addition: Callable[[], Tensor]
+
+    def read(self) -> Tensor:
+        return (super().read().float() + self.addition()).to(self.dtype)
+
+
+def base_checkpoint(directory: Path, merge: bool) -> Path:
+    """Where the weights are: the checkpoint itself, or the one that its adapters belong to."""
+    if not (directory / "adapter_config.json").is_file():
+        if merge:
+            raise ValueError(f"--merge_lora: {directory} holds no adapters (there is no adapter_config.json)")
+        return directory
+    if not merge:
+        raise ValueError(f"{directory}: holds LoRA adapters, not a whole model; pass --merge_lora")
+    return fetch(lora.read_adapter_config(directory)["base_model_name_or_path"], None)
+
+
+def merged(have: dict[str, Stored], directory: Path, kind: str) -> dict[str, Stored]:
+    """The tensors of a base checkpoint with the adapters and heads of `directory`. Raises ValueError for strangers."""
+    settings, file = lora.read_adapter_config(directory), directory / "adapter_model.safetensors"
+    scale = settings["lora_alpha"] / settings["r"]
+    shapes = header(file)
+    heads = directory / "heads.safetensors"
+    have = have | {name: Stored(heads, name, *held) for name, held in header(heads).items()}
+    for a in [name for name in shapes if name.endswith(".lora_A.weight")]:
+        b, target = a.replace(".lora_A.", ".lora_B."), a.removeprefix(lora.PREFIX).replace(".lora_A", "")
+        if target not in have or b not in shapes:
+            raise ValueError(f"{file}: {a} has no partner or no matrix {target!r} to be added to")
+
+        def addition(a=a, b=b):
+            A, B = (models.read_tensor(file, name, shapes[name][0]).float() for name in (a, b))
+            return scale * B @ A
+
+        have[target] = Merged(**vars(have[target]), addition=addition)
+    return have
 
 
 # ---------------------------------------------------------------------------------------------------- tokens
@@ -658,6 +701,7 @@ def convert(args) -> None:
         raw = read_config(directory)
         config = models.complete_config(raw)
         kind = config.model_type
+        base = base_checkpoint(directory, args.merge_lora)
         if args.to == "editflow":
             config.nanoedit = editflow_settings(config.nanoedit, args)
 
@@ -670,7 +714,9 @@ def convert(args) -> None:
         added, reserved = ({}, {}) if args.to == "hf" else prepare_tokenizer(tokenizer, kind, args.to)
         rows = max(config.vocab_size, tokenizer.vocab_size)
 
-        have = canonical(find_tensors(directory), kind)
+        have = canonical(find_tensors(base), kind)
+        if base != directory:
+            have = merged(have, directory, kind)
         try:
             plan, left_over = make_plan(have, config, args.to, list(added.values()), rows, args.seed)
         except ValueError as e:

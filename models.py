@@ -727,11 +727,15 @@ def disk_name(model_type: str, name: str) -> str:
 
 def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None) -> nn.Module:
     """An Edit Flows or ME-DLM checkpoint, from a directory or a hub id. The model is built on the meta device and its
-    tensors are read from the memory map one by one.
+    tensors are read from the memory map one by one. LoRA adapters are merged into their base model.
 
     method: when given, a checkpoint of the other method is refused. Raises OSError / ValueError naming the file.
     """
     directory = local_path(path)
+    if (directory / "adapter_config.json").is_file():
+        import lora  # which stands above this file and is needed here alone
+
+        return lora.merge(lora.load(directory, device, dtype, method))
     raw = read_config(directory)
     config = complete_config(raw)
     files = tensor_files(directory)

@@ -34,6 +34,7 @@ from tqdm import tqdm
 import cli
 import data
 import editflow
+import lora
 import medlm
 import models
 
@@ -56,6 +57,11 @@ def parse_args(argv=None):
     f.flag("--gradient_checkpointing", help="recompute activations block by block: less memory, one more forward")
     f.flag("--bf16", help="bf16 autocast; weights and optimizer stay float32")
     f.flag("--compile", help="torch.compile the blocks")
+    f.flag("--lora", help="train low-rank additions to the blocks and the heads; save these alone")
+    a("--lora_r", type=positive, default=32, help="their rank")
+    a("--lora_alpha", type=n(above=0), default=64.0, help="their weight is lora_alpha / lora_r")
+    a("--lora_dropout", type=n(low=0, high=1), default=0.05, help="dropout in front of them")
+    f.flag("--load_in_4bit", help="with --lora: keep the matrices of the blocks in 4 bits (NF4)")
 
     a("--dataset_args", "--train_file", default="toy",
       help="files, folders, hub ids or `toy`: name[train:N,test:M] + other")
@@ -117,6 +123,10 @@ def parse_args(argv=None):
     m("--intermediate_max_t", type=n(low=0, high=1), default=1.0, help="largest share masked before a rollout")
     m("--rollout_order", choices=["random", "confidence"], default="random", help="order in which a rollout unmasks")
     args = f.parse_args(argv)
+    if args.lora and not args.model_name_or_path:
+        f.error("--lora adapts a checkpoint; name it with --model_name_or_path")
+    if args.load_in_4bit and not args.lora:
+        f.error("--load_in_4bit needs --lora: 4-bit weights cannot be trained themselves")
     if args.min_t >= args.max_t:
         f.error(f"--min_t {args.min_t} must be below --max_t {args.max_t}")
     if args.intermediate_min_t >= args.intermediate_max_t:
@@ -245,7 +255,10 @@ def save_checkpoint(out: Path, name: str, module, tokenizer, optimizer, step: in
             for key, value in state.items()
         }
         try:
-            models.save(module.model, partial)
+            if args.lora:
+                lora.save(module.model, partial, args.model_name_or_path)
+            else:
+                models.save(module.model, partial)
             tokenizer.save(partial)
             save_file(moments, partial / "optimizer.safetensors")
             (partial / "train_state.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=2))
@@ -313,7 +326,7 @@ def prepare_model(args, resume: Path | None, texts, ranks: Ranks):
     source = resume or args.model_name_or_path
     if source:
         directory = models.local_path(str(source))
-        model, tokenizer = models.load(directory, method=args.method), data.load_tokenizer(directory)
+        model, tokenizer = open_model(args, directory, resume), data.load_tokenizer(directory)
         if tokenizer.vocab_size > model.config.vocab_size:
             known, rows = tokenizer.vocab_size, model.config.vocab_size
             raise ValueError(f"{directory}: the tokenizer has {known} tokens, but the model only {rows} rows for them")
@@ -339,6 +352,16 @@ def prepare_model(args, resume: Path | None, texts, ranks: Ranks):
             model.next_token_head.load_state_dict(model.lm_head.state_dict())
     model.model.gradient_checkpointing = args.gradient_checkpointing
     return model.to(ranks.device), tokenizer
+
+
+def open_model(args, directory: Path, resume: Path | None):
+    """The checkpoint to start from or to continue, with LoRA adapters where they are asked for."""
+    if not args.lora:
+        return models.load(directory, method=args.method)
+    if resume:
+        return lora.load(directory, method=args.method, four_bit=args.load_in_4bit)
+    model = models.load(directory, method=args.method)
+    return lora.add(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.load_in_4bit, args.seed)
 
 
 def learning_rate(step: int, steps: int, args) -> float:
@@ -421,8 +444,8 @@ def train(args, ranks: Ranks) -> None:
     if args.eval_strategy == "epoch":
         every["eval"] = max(1, len(dataset.epoch(0)) // group)
 
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=args.learning_rate, betas=(0.9, args.adam_beta2), fused=True,
@@ -440,10 +463,9 @@ def train(args, ranks: Ranks) -> None:
     if ranks.world > 1:
         ddp = DistributedDataParallel(module, device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None)
     log = Log(out, step, args, ranks)
-    parameters = sum(p.numel() for p in model.parameters())
-    ranks.say(
-        f"{args.method}, {parameters / 1e6:.1f}M parameters, {steps} steps on {ranks.world} x {ranks.device.type}"
-    )
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
+    size += f", {sum(p.numel() for p in trained) / 1e6:.1f}M of them trained" if args.lora else ""
+    ranks.say(f"{args.method}, {size}, {steps} steps on {ranks.world} x {ranks.device.type}")
 
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.bf16)
     stream = dataset.stream(step * group)
@@ -456,12 +478,13 @@ def train(args, ranks: Ranks) -> None:
             batches = [next(stream) for _ in range(group)][ranks.rank :: ranks.world]
             for m, examples in enumerate(batches):
                 key = (args.seed, step, m * ranks.world + ranks.rank)
+                torch.manual_seed(seeded(*key).initial_seed())  # for dropout
                 last = m == len(batches) - 1
                 with contextlib.nullcontext() if last or ranks.world == 1 else ddp.no_sync(), autocast:
                     loss, parts = loss_of(ddp, examples, key, step / steps)
                 (loss / len(batches)).backward()
                 log.add({"loss": loss.detach(), **parts}, sum(len(e) for e in examples))
-            norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
