@@ -75,13 +75,6 @@ REQUIRED = {
     "attention_layer_norm": (False,), "rope": (True,),
 }  # fmt: skip
 
-LLADA_BLOCK = {
-    "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
-    "attn_out": "self_attn.o_proj", "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
-    "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
-}  # fmt: skip
-LLADA_ENDS = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
-
 # How Hugging Face names what we call lm_head, in files: the matrix, and the bias (BERT's has two names).
 OUTPUT_WEIGHT = {
     "modernbert": "decoder.weight",
@@ -216,7 +209,8 @@ def read_config(directory: Path) -> dict:
         if raw.get(field) is not None and raw[field] not in values:
             raise ValueError(f"{directory}/config.json: {field} {raw[field]!r} is not supported, only {values[0]!r}")
     if "d_model" in raw:
-        raw = llada_config(raw)
+        kept = {field: value for field, value in raw.items() if field.endswith("_token_id") or field == "nanoedit"}
+        raw = kept | models.llada_config(raw) | {"model_type": raw.get("model_type")}
     config = models.complete_config(raw)
     if config.model_type in ("llama", "qwen3") and config.attention_bias:
         raw["attention_out_bias"] = True  # these two bias the output projection as well
@@ -225,25 +219,6 @@ def read_config(directory: Path) -> dict:
     if hasattr(config, "rope_scaling"):  # raises for kinds of scaling that we cannot compute
         models.rotary(torch.zeros(1), config.head_dim, config.rope_theta, config.rope_scaling)
     return raw
-
-
-def llada_config(raw: dict) -> dict:
-    """LLaDA's config under the names of Llama's."""
-    heads = raw.get("n_heads")
-    kept = {field: value for field, value in raw.items() if field.endswith("_token_id") or field == "nanoedit"}
-    return kept | {
-        "model_type": raw.get("model_type"),
-        "vocab_size": raw.get("embedding_size") or raw.get("vocab_size"),
-        "hidden_size": raw["d_model"],
-        "num_hidden_layers": raw.get("n_layers"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": raw.get("n_kv_heads") or (1 if raw.get("multi_query_attention") else heads),
-        "intermediate_size": raw.get("mlp_hidden_size") or raw.get("mlp_ratio", 4) * raw["d_model"],
-        "max_position_embeddings": raw.get("max_sequence_length", 4096),
-        "rope_theta": raw.get("rope_theta", 500000.0),
-        "rms_norm_eps": raw.get("rms_norm_eps", 1e-5),
-        "tie_word_embeddings": bool(raw.get("weight_tying", False)),
-    }
 
 
 def canonical(stored: dict[str, Stored], kind: str) -> dict[str, Stored]:
@@ -268,10 +243,9 @@ def canonical(stored: dict[str, Stored], kind: str) -> dict[str, Stored]:
 
 def llada_name(name: str) -> str:
     """model.transformer.blocks.3.attn_out.weight -> model.layers.3.self_attn.o_proj.weight"""
-    if m := re.fullmatch(r"model\.transformer\.blocks\.(\d+)\.(\w+)\.(\w+)", name):
-        return f"model.layers.{m[1]}.{LLADA_BLOCK.get(m[2], m[2])}.{m[3]}"
-    if (m := re.fullmatch(r"model\.transformer\.(\w+)\.(\w+)", name)) and m[1] in LLADA_ENDS:
-        return f"{LLADA_ENDS[m[1]]}.{m[2]}"
+    for ours, theirs in models.LLADA_NAMES if name.startswith("model.transformer.") else []:
+        if name.startswith(theirs) or (theirs.startswith(".") and theirs in name):
+            name = name.replace(theirs, ours, 1)
     return name
 
 

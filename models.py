@@ -410,6 +410,16 @@ ARCHITECTURES = {
     ),
 }  # fmt: skip
 
+# LLaDA's own names, of checkpoints whose config speaks of d_model: (our part of a name, theirs)
+LLADA_NAMES = [
+    ("model.embed_tokens.", "model.transformer.wte."), ("model.norm.", "model.transformer.ln_f."),
+    ("lm_head.", "model.transformer.ff_out."), ("model.layers.", "model.transformer.blocks."),
+    (".self_attn.q_proj.", ".q_proj."), (".self_attn.k_proj.", ".k_proj."), (".self_attn.v_proj.", ".v_proj."),
+    (".self_attn.o_proj.", ".attn_out."), (".input_layernorm.", ".attn_norm."),
+    (".post_attention_layernorm.", ".ff_norm."), (".mlp.gate_proj.", ".ff_proj."), (".mlp.up_proj.", ".up_proj."),
+    (".mlp.down_proj.", ".ff_out."),
+]  # fmt: skip
+
 # Sizes for models trained from scratch, all of the Llama kind. The last two are the shapes reported for Edit Flows
 # (280M: D 1024, 12 layers, 16 / 8 heads; 1.3B: D 2048, 16 layers, 32 / 8 heads) with a vocabulary of about 128k.
 PRESETS = {
@@ -438,9 +448,9 @@ def complete_config(raw: dict) -> SimpleNamespace:
         raise ValueError(
             f"config.json: model_type {raw.get('model_type')!r} is not supported; these are: {', '.join(ARCHITECTURES)}"
         )
-    rope = (
-        raw.get("rope_parameters") or {}
-    )  # transformers 5 spelling: theta and scaling in one dict, for ModernBERT two
+    if "d_model" in raw:
+        raw |= llada_config(raw)
+    rope = raw.get("rope_parameters") or {}  # as transformers 5 writes it: theta and scaling, for ModernBERT twice
     if "rope_theta" in rope:
         raw |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope}
     if "full_attention" in rope:
@@ -474,6 +484,26 @@ def complete_config(raw: dict) -> SimpleNamespace:
             for i in range(c.num_hidden_layers)
         ]
     return c
+
+
+def llada_config(raw: dict) -> dict:
+    """The fields of LLaDA's own config under the names of Llama's. Raises ValueError for another kind of block."""
+    for field, value in {"block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu"}.items():
+        if raw.get(field, value) != value:
+            raise ValueError(f"config.json: {field} {raw[field]!r} is not supported, only {value!r}")
+    heads = raw.get("n_heads")
+    return {
+        "vocab_size": raw.get("embedding_size") or raw.get("vocab_size"),
+        "hidden_size": raw["d_model"],
+        "num_hidden_layers": raw.get("n_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": raw.get("n_kv_heads") or (1 if raw.get("multi_query_attention") else heads),
+        "intermediate_size": raw.get("mlp_hidden_size") or raw.get("mlp_ratio", 4) * raw["d_model"],
+        "max_position_embeddings": raw.get("max_sequence_length", 4096),
+        "rope_theta": raw.get("rope_theta", 500000.0),
+        "rms_norm_eps": raw.get("rms_norm_eps", 1e-5),
+        "tie_word_embeddings": bool(raw.get("weight_tying", False)),
+    }
 
 
 def max_positions(c) -> int:
@@ -718,11 +748,17 @@ def open_tensors(file: Path):
 
 
 def disk_name(model_type: str, name: str) -> str:
-    """Our parameter name -> its name in a checkpoint. They differ only for encoders with a prediction head."""
-    for ours, theirs in ARCHITECTURES[model_type][2]:
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
+    """Our parameter name -> its name in a checkpoint. They differ for encoders with a prediction head, and in LLaDA's
+    own checkpoints (`naming`)."""
+    for ours, theirs in LLADA_NAMES if model_type == "llada original" else ARCHITECTURES[model_type][2]:
+        if name.startswith(ours) or (ours.startswith(".") and ours in name):
+            name = name.replace(ours, theirs, 1)
     return name
+
+
+def naming(config) -> str:
+    """The key of `disk_name` for a checkpoint with this config."""
+    return "llada original" if hasattr(config, "d_model") else config.model_type
 
 
 def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None) -> nn.Module:
@@ -754,7 +790,7 @@ def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None
         model = METHODS[found](config)
     state = {}
     for name, parameter in model.state_dict().items():
-        source = disk_name(config.model_type, name)
+        source = disk_name(naming(config), name)
         if source not in files:
             hint = "; `convert.py --to medlm` adds it" if source == "next_token_head.weight" else ""
             raise ValueError(f"{directory}: tensor {source!r} is missing{hint}")
@@ -781,7 +817,7 @@ def save(model: nn.Module, directory: str, state: dict | None = None) -> None:
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    kind = model.config.model_type
+    kind = naming(model.config)
     state = {disk_name(kind, k): v.detach().cpu().contiguous() for k, v in (state or model.state_dict()).items()}
     with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as tmp:
         save_file(state, f"{tmp}/model.safetensors", metadata={"format": "pt"})

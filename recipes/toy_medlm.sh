@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python} || PYTHON=${PYTHON:-python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-STEPS2=${STEPS2:-9000} STEPS3=${STEPS3:-3500}
+STEPS2=${STEPS2:-8000} STEPS3=${STEPS3:-4500}
 COMMON="--method medlm --dataset_args toy --max_length 768 --per_device_train_batch_size 1 --pad_len 24
   --warmup_ratio 0.05 --weight_decay 0.01 --bf16 --loss_norm bound --logging_steps 50 --eval_steps 0.25 --save_steps 500"
 
@@ -20,11 +20,11 @@ RUNS=${OUT:-out/toy_medlm}
 
 for SEED in "$@"; do
   OUT=$RUNS/seed$SEED
-  $PYTHON train.py $COMMON --seed $SEED --preset tiny --max_steps $STEPS2 --learning_rate 3e-3 --output_dir $OUT/stage2
+  $PYTHON train.py $COMMON --seed $SEED --preset tiny --max_steps $STEPS2 --learning_rate 1.2e-3 --output_dir $OUT/stage2
 
   $PYTHON train.py $COMMON --seed $SEED --model_name_or_path $OUT/stage2 --max_steps $STEPS3 --learning_rate 1e-3 \
-    --intermediate_ratio 0.5 --mask_diffusion_pred_per_step 4 8 12 24 --max_diffusion_steps 6 --rollout_order confidence \
-    --intermediate_min_t 0.5 --intermediate_max_t 1.0 --output_dir $OUT/stage3
+    --intermediate_ratio 0.5 --mask_diffusion_pred_per_step 2 4 8 12 24 --max_diffusion_steps 8 --rollout_order confidence \
+    --intermediate_min_t 0.1 --intermediate_max_t 0.7 --output_dir $OUT/stage3
 
   MATCHED=$($PYTHON - $OUT <<'PY'
 import json, sys

@@ -1,7 +1,7 @@
 """The table and the plot of recipes/toy_medlm.sh: answers right and responses wholly valid against decoder passes.
 
-For S passes, stage 2 and the compute-matched stage 2 fill the masks in S passes. Stage 3 spends a quarter of them on
-edits, as the paper does (48 + 16): E = max(1, S // 4) edit passes, at most, after S - E mask passes.
+For S passes, stage 2 and the compute-matched stage 2 fill the masks in S passes. Stage 3 spends up to E of them on
+edits, after S - E mask passes: a quarter, as the paper does (48 + 16), but two from S = 4 on and one below.
 
     python recipes/toy_table.py [out/toy_medlm] [--plot FILE.png]
 """
@@ -29,7 +29,7 @@ MASKS = 24  # the longest response, as trained with --pad_len 24
 
 def split(stage: str, passes: int) -> tuple[int, int]:
     """(mask passes, edit passes)"""
-    edits = max(1, passes // 4) if stage == "stage3" and passes > 1 else 0
+    edits = min(passes // 2, max(2, passes // 4)) if stage == "stage3" else 0
     return passes - edits, edits
 
 
