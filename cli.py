@@ -49,6 +49,10 @@ class Flags(argparse.ArgumentParser):
             description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
 
+    def error(self, message: str):
+        """One line, exit status 2."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
     def flag(self, *names: str, default=False, help: str):
         self.add_argument(*names, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help)
 

@@ -460,6 +460,8 @@ def read_prompts(path: str) -> list[list[dict]]:
     Raises OSError or ValueError ("file:line: ...").
     """
     path = Path(path)
+    if not path.is_file():
+        raise OSError(f"--prompt_file {path}: no such file")
     if _format(path) not in READERS or _format(path) == ".txt":
         return [_question(line.strip()) for line in _whole_lines(path) if line.strip()]
     return [_prompt(place, record) for place, record in read_file(path)]
@@ -576,6 +578,7 @@ def encode(
     insert_eos: bool = True,
     chat_template: bool = True,
     recut: bool = True,
+    all_may_be_too_long: bool = False,
     progress: bool = False,
 ) -> Dataset:
     """Normal records to a Dataset.
@@ -586,7 +589,8 @@ def encode(
               a text like any other
 
     insert_eos ends every response, and the last piece of every text, with eos. Raises ValueError when every sample is
-    too long, when a corpus is shorter than one piece, and when the tokenizer has no bos or eos token.
+    too long (unless all_may_be_too_long), when a corpus is shorter than one piece, and when the tokenizer has no bos or
+    eos token.
     """
     if max_length < 2:
         raise ValueError(f"--max_length must be at least 2 (one token of prompt, one to learn), it is {max_length}")
@@ -597,10 +601,11 @@ def encode(
 
     examples = _encode_dialogues(dialogues, tokenizer, eos, chat_template, progress)
     fitting = [e for e in examples if max(len(e), len(e.prompt) + len(e.draft or [])) <= max_length]
-    if examples and not fitting:
+    if examples and not fitting and not all_may_be_too_long:
         shortest = min(map(len, examples))
         raise ValueError(
-            f"all {len(examples)} samples are longer than --max_length {max_length}; the shortest has {shortest} tokens"
+            f"all {len(examples)} samples are longer than --max_length {max_length}; the shortest has {shortest} "
+            "tokens: raise --max_length"
         )
 
     piece = max_length - 1

@@ -48,6 +48,7 @@ from tqdm import tqdm
 import cli
 import data
 import execution
+import medlm
 import models
 import sample as sampler
 
@@ -207,7 +208,7 @@ TASKS = {
             "valid": lambda record, response: data.toy_check(record["messages"][0]["content"], response)[1],
         },
         judge="right: the number after ####; valid: the response is one of the 18 that answer the prompt",
-        init_num=32,
+        init_num=24,
     ),
 }
 
@@ -512,6 +513,9 @@ def sources(args) -> dict[str, str | None]:
     for name in [*args.task, *given]:
         if name not in TASKS:
             raise ValueError(f"unknown task {name!r}; the tasks are {', '.join(TASKS)}")
+    for name, path in given.items():
+        if not path or name not in args.task:
+            raise ValueError(f"--data {name}: write {name}=PATH, for a task that --task names ({', '.join(args.task)})")
     found = {}
     for name in dict.fromkeys(args.task):
         task = TASKS[name]
@@ -532,7 +536,7 @@ def open_folder(path: str) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
-        raise OSError(f"--output_dir {path}: cannot write there ({error.strerror})") from error
+        raise OSError(f"--output_dir {path}: cannot write there ({error.strerror}); choose another folder") from error
     return out
 
 
@@ -544,11 +548,21 @@ def wait_for_all(world: int) -> None:
         dist.destroy_process_group()
 
 
-def load(args, checkpoint: Path) -> tuple[Callable[..., list[Answer]], str]:
-    """(generate, method) of a checkpoint."""
+def load(args, checkpoint: Path) -> tuple[Callable[..., list[Answer]], Callable, str]:
+    """(generate, check_lengths, method) of a checkpoint. check_lengths(samples, init_num) raises ValueError for the
+    first question that leaves no room for an answer: now, and not hours later when its turn comes."""
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model = models.load(str(checkpoint), device=device, dtype=torch.bfloat16 if args.bf16 else torch.float32).eval()
-    return generator(model, data.load_tokenizer(checkpoint), args), model.config.nanoedit["method"]
+    tokenizer, method = data.load_tokenizer(checkpoint), model.config.nanoedit["method"]
+    if method == "medlm":
+        medlm.special_tokens(tokenizer)
+
+    def check_lengths(samples: list[Sample], init_num: int) -> None:
+        for sample in samples:
+            prompt = data.encode_prompt(sample.messages, tokenizer)
+            sampler.check_room(model, [prompt], init_num if method == "medlm" else 1, f"question {sample.id}")
+
+    return generator(model, tokenizer, args), check_lengths, method
 
 
 def main(argv=None) -> None:
@@ -558,8 +572,10 @@ def main(argv=None) -> None:
     samples = {n: load_samples(n, path, args.limit, args.seed, args.system_prompt) for n, path in where.items()}
     out = open_folder(args.output_dir)
     checkpoint = models.local_path(args.path)
-    generate, method = load(args, checkpoint)
+    generate, check_lengths, method = load(args, checkpoint)
     settings = {"method": method} | {flag: getattr(args, flag) for flag in DECODING[method]}
+    for name in samples:
+        check_lengths(samples[name], args.init_num or TASKS[name].init_num)
     for name in samples:
         init_num = args.init_num or TASKS[name].init_num
         set_keys(samples[name], settings | {"init_num": init_num, "checkpoint": fingerprint(checkpoint)})
@@ -589,7 +605,8 @@ def report(args, samples: dict[str, list[Sample]], where: dict, settings: dict, 
                 summary["evalplus" + part] = evalplus(name, out / f"evalplus_{name}{part}.jsonl")
                 notes.append(f"{name}, {what}: evalplus pass@1 {summary['evalplus' + part]}")
         summaries[name] = summary
-    text = json.dumps({"path": args.path, "settings": settings, "tasks": summaries}, indent=2)
+    asked = {flag: getattr(args, flag) for flag in ("seed", "limit", "system_prompt")}
+    text = json.dumps({"path": args.path, "settings": settings | asked, "tasks": summaries}, indent=2)
     (out / "summary.json").write_text(text + "\n")
     print("\n".join([table(summaries), *notes]))
 

@@ -401,6 +401,12 @@ def show(trace: Trace, file=None, delay: float = 0.1, limit: int = 8) -> None:
             time.sleep(delay)
     else:
         _print_frames(frames(trace, limit), file)
+    show_pair(trace, file)
+
+
+def show_pair(trace: Trace, file=None) -> None:
+    """Of an ME-DLM decode, the draft and the repaired text, one above the other."""
+    file = file or sys.stdout
     for name, cells in zip(("draft", "repaired"), comparison(trace) or ()):
         _write(file, f"\n{name}:")
         _write(file, *_body(cells, file))

@@ -781,10 +781,12 @@ def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None
     if found not in METHODS:
         raise ValueError(
             f"{directory}: no Edit Flows or ME-DLM heads in this checkpoint; add them with "
-            f"`convert.py --to {method or 'editflow'} --model_name_or_path {path} --output_dir OUT`"
+            f"`convert.py --to {method or 'medlm'} --model_name_or_path {path} --output_dir OUT`"
+            + " (or --to editflow)" * (method is None)
         )
     if method and found != method:
-        raise ValueError(f"{directory}: this is a checkpoint of method {found!r}, but {method!r} is asked for")
+        hint = "convert.py makes one from the other"
+        raise ValueError(f"{directory}: this is a checkpoint of method {found!r}, but {method!r} is asked for; {hint}")
     config.nanoedit["method"] = found
     with torch.device("meta"):
         model = METHODS[found](config)

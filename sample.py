@@ -22,6 +22,7 @@ import data
 import editflow
 import medlm
 import models
+from frames import show_pair
 
 
 def parse_args(argv=None):
@@ -100,16 +101,11 @@ def generate(model, tokenizer, prompts, seeds, args, drafts=None, on_step=None) 
 
     drafts: token ids to start from, one per prompt, for Edit Flows. Raises ValueError for what the model cannot do.
     """
-    longest, limit = max(map(len, prompts)), models.max_positions(model.config)
     is_medlm = model.config.nanoedit["method"] == "medlm"
     if is_medlm and drafts:
         raise ValueError("--draft is for Edit Flows checkpoints; ME-DLM writes its draft itself")
     x0 = None if is_medlm else starts(model, tokenizer, seeds, args, drafts)
-    room = args.init_num if is_medlm else max(map(len, x0))
-    if longest + max(room, 1) > limit:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {room} to start from exceed the model's {limit} positions; shorten them"
-        )
+    check_room(model, prompts, args.init_num if is_medlm else max(1, *map(len, x0)))
     if is_medlm:
         decoded = medlm.decode(
             model, prompts, medlm.special_tokens(tokenizer),
@@ -133,6 +129,16 @@ def generate(model, tokenizer, prompts, seeds, args, drafts=None, on_step=None) 
         Text(until(s.response, tokenizer.eos_id), dict(zip(names, s.edits)) | {"left_over": round(s.left_over, 2)})
         for s in sampled
     ]
+
+
+def check_room(model, prompts: list[list[int]], room: int, what: str = "a prompt") -> None:
+    """Raises ValueError where a prompt and `room` tokens to start from exceed the model's positions."""
+    longest, limit = max(map(len, prompts)), models.max_positions(model.config)
+    if longest + room > limit:
+        raise ValueError(
+            f"{what} of {longest} tokens and {room} to start from exceed the model's {limit} positions; shorten it, or "
+            "start from fewer (--init_num, --mask_length)"
+        )
 
 
 def starts(model, tokenizer, seeds: list[int], args, drafts=None) -> list[list[int]]:
@@ -189,6 +195,10 @@ def main(argv=None):
         conversations = [[{"role": "user", "content": p}] for p in args.prompt or []] or [[]]
     jobs = [(c, prompt_ids(tokenizer, c, args), args.seed + k) for c in conversations for k in range(args.num_samples)]
     draft = tokenizer.encode(args.draft) if args.draft is not None else None
+    is_medlm = model.config.nanoedit["method"] == "medlm"
+    for messages, ids, _ in jobs:  # now, and not when its batch comes up
+        name = f"the prompt {messages[-1]['content'][:40]!r}" if messages else "a prompt"
+        check_room(model, [ids], args.init_num if is_medlm else 1, name)
     trace = None
     if args.show or args.make_gif or args.make_html:
         prompt = jobs[0][1]
@@ -210,6 +220,9 @@ def main(argv=None):
             texts = generate(
                 model, tokenizer, [ids for _, ids, _ in batch], [seed for _, _, seed in batch], args, drafts, on_step
             )
+            if trace and first is None:
+                trace.finish(final_state(model, tokenizer, jobs[0][1], texts[0]))
+                show_pair(trace) if trace.screen else show(trace) if args.show else None
             first = first or texts[0]
             for (messages, _, seed), text in zip(batch, texts):
                 write_result(out, messages, tokenizer.decode(text.ids), seed, text.details, len(jobs))
@@ -217,9 +230,6 @@ def main(argv=None):
         out.close()
         print(f"{len(jobs)} texts written to {args.output}", file=sys.stderr)
     if trace:
-        trace.finish(final_state(model, tokenizer, jobs[0][1], first))
-        if args.show and not trace.screen:
-            show(trace)
         if args.make_gif:
             write_gif(trace, args.make_gif)
         if args.make_html:
@@ -254,6 +264,9 @@ def write_result(out, messages, text: str, seed: int, details: dict, count: int)
     if count > 1:
         print(f"--- {prompt!r}, seed {seed}" if prompt else f"--- seed {seed}")
     print(text, flush=True)
+    if "mask_passes" in details:
+        passes = f"{details['mask_passes']} mask passes, {details['edit_passes']} edit passes"
+        print(f"note: {passes}; draft: {details['draft']}", file=sys.stderr)
     if details.get("left_over", 0) > max(2, 0.05 * details.get("insertions", 0)):
         print(
             f"note: the model still expected {details['left_over']:.0f} insertions at the end; "
@@ -289,6 +302,9 @@ def interact(model, tokenizer, args) -> None:
         except ValueError as e:  # a prompt that is too long, say: the conversation goes on
             print(f"error: {e}", file=sys.stderr)
             continue
+        if trace.screen:
+            trace.finish(final_state(model, tokenizer, ids, text))
+            show_pair(trace)
         answer = tokenizer.decode(text.ids)
         print(answer)
         turn += 1

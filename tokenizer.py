@@ -252,7 +252,8 @@ def _load_backend(directory: Path):
     fast, slow = directory / "tokenizer.json", directory / "tokenizer.model"
     path = fast if fast.exists() else slow
     if not path.exists():
-        raise OSError(f"no tokenizer in {directory}: looked for {fast.name} and {slow.name}")
+        looked_for = f"looked for {fast.name} and {slow.name}"
+        raise OSError(f"no tokenizer in {directory}: {looked_for}; copy one from the base model")
     try:
         if path == slow:
             return SentencePiece(path)

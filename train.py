@@ -127,6 +127,10 @@ def parse_args(argv=None):
         f.error("--lora adapts a checkpoint; name it with --model_name_or_path")
     if args.load_in_4bit and not args.lora:
         f.error("--load_in_4bit needs --lora: 4-bit weights cannot be trained themselves")
+    if args.method == "medlm" and args.max_t <= medlm.MIN_T:
+        f.error(f"--max_t {args.max_t} leaves nothing to draw from: t is kept above {medlm.MIN_T}")
+    if args.intermediate_ratio and args.pad_len and not args.insert_eos:
+        f.error("--intermediate_ratio with --pad_len needs --insert_eos True: eos divides a response from its pads")
     if args.min_t >= args.max_t:
         f.error(f"--min_t {args.min_t} must be below --max_t {args.max_t}")
     if args.intermediate_min_t >= args.intermediate_max_t:
@@ -264,7 +268,8 @@ def save_checkpoint(out: Path, name: str, module, tokenizer, optimizer, step: in
             (partial / "train_state.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=2))
         except (OSError, SafetensorError) as e:
             shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(f"{target}: cannot be saved ({e}); the same command goes on from the last checkpoint") from e
+            again = "the same command" + " without --overwrite_output_dir" * args.overwrite_output_dir
+            raise OSError(f"{target}: cannot be saved ({e}); {again} goes on from the last checkpoint") from e
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         for old in checkpoints(out)[: -args.save_total_limit]:
@@ -274,7 +279,12 @@ def save_checkpoint(out: Path, name: str, module, tokenizer, optimizer, step: in
 
 def checkpoints(out: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = [(int(json.loads(f.read_text())["step"]), f.parent) for f in out.glob("checkpoint-*/train_state.json")]
+    found = []
+    for file in out.glob("checkpoint-*/train_state.json"):
+        try:
+            found.append((int(json.loads(file.read_text())["step"]), file.parent))
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{file}: not readable ({e}); delete {file.parent} to go on from another") from None
     return [path for _, path in sorted(found)]
 
 
@@ -288,13 +298,15 @@ def restore_optimizer(checkpoint: Path, model, optimizer) -> None:
                 optimizer.state[p] = {k: value if k == "step" else value.to(p.device) for k, value in state.items()}
 
 
-def trim_metrics(file: Path, step: int) -> None:
-    """Drop lines that an interrupted run logged after its last checkpoint: they will be logged again."""
-    if file.is_file():
-        lines = [
-            line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        file.write_text("".join(line + "\n" for line in lines))
+def trim_metrics(file: Path, step: int) -> float:
+    """Drop lines that an interrupted run logged after its last checkpoint: they will be logged again. Returns the
+    seconds that the run had taken by then."""
+    if not file.is_file():
+        return 0.0
+    lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    file.write_text("".join(line + "\n" for line in kept))
+    return max((json.loads(line).get("seconds", 0.0) for line in kept), default=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------- set-up
@@ -305,9 +317,6 @@ def prepare_output(args, ranks: Ranks) -> tuple[Path, Path | None]:
     out = Path(args.output_dir)
     if ranks.is_main:
         try:
-            if args.overwrite_output_dir:
-                for old in [*checkpoints(out), out / "metrics.jsonl"]:
-                    shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
             out.mkdir(parents=True, exist_ok=True)
             probe = out / ".writable"
             probe.touch()
@@ -317,8 +326,16 @@ def prepare_output(args, ranks: Ranks) -> tuple[Path, Path | None]:
                 f"--output_dir {out}: cannot be written to ({e.strerror or e}); choose another folder"
             ) from None
     ranks.barrier()
-    found = checkpoints(out)
+    found = [] if args.overwrite_output_dir else checkpoints(out)
     return out, found[-1] if found else None
+
+
+def clear_output(out: Path, args, ranks: Ranks) -> None:
+    """--overwrite_output_dir, once everything that the new run needs has been read."""
+    if args.overwrite_output_dir and ranks.is_main:
+        for old in [*checkpoints(out), out / "metrics.jsonl"]:
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    ranks.barrier()
 
 
 def prepare_model(args, resume: Path | None, texts, ranks: Ranks):
@@ -326,6 +343,8 @@ def prepare_model(args, resume: Path | None, texts, ranks: Ranks):
     source = resume or args.model_name_or_path
     if source:
         directory = models.local_path(str(source))
+        if args.overwrite_output_dir and directory.resolve().is_relative_to(Path(args.output_dir).resolve()):
+            raise ValueError(f"--overwrite_output_dir would delete {directory}, from which this run is to start")
         model, tokenizer = open_model(args, directory, resume), data.load_tokenizer(directory)
         if tokenizer.vocab_size > model.config.vocab_size:
             known, rows = tokenizer.vocab_size, model.config.vocab_size
@@ -350,6 +369,9 @@ def prepare_model(args, resume: Path | None, texts, ranks: Ranks):
         medlm.special_tokens(tokenizer)
         if args.copy_head and not resume:
             model.next_token_head.load_state_dict(model.lm_head.state_dict())
+    if args.max_length > models.max_positions(model.config):
+        positions = models.max_positions(model.config)
+        raise ValueError(f"--max_length {args.max_length} is more than the model's {positions} positions; lower it")
     model.model.gradient_checkpointing = args.gradient_checkpointing
     return model.to(ranks.device), tokenizer
 
@@ -381,18 +403,28 @@ class Data:
         self.args, self.tokenizer = args, tokenizer
         encode = {"max_length": args.max_length, "insert_eos": args.insert_eos, "chat_template": args.chat_template}
         self.train = data.encode(train_records, tokenizer, **encode, progress=ranks.is_main)
-        held_out = data.encode(eval_records, tokenizer, **encode, recut=False).examples if eval_records else []
-        self.eval = self.pad(held_out)
+        held_out = data.encode(eval_records, tokenizer, **encode, recut=False, all_may_be_too_long=True)
+        self.eval = self.pad(held_out.examples)
         if args.method == "medlm" and args.intermediate_ratio:
-            tokens = medlm.special_tokens(tokenizer)
-            for e in self.train.examples:
-                medlm.response_text(e.response, tokens)  # raises now rather than in the middle of the run
+            self.check_responses(self.train.examples + held_out.examples)
         if not len(self.train):
             raise ValueError(f"--dataset_args {args.dataset_args}: nothing to train on")
         if self.train.too_long:
             ranks.say(f"{self.train.too_long} samples longer than --max_length {args.max_length} left out")
+        if held_out.too_long:
+            ranks.say(f"{held_out.too_long} held-out samples longer than --max_length {args.max_length} left out")
         tokens = sum(len(e) for e in self.rows(0))
         ranks.say(f"{len(self.train)} examples an epoch, {tokens} tokens; {len(self.eval)} held out")
+
+    def check_responses(self, examples: list) -> None:
+        """Raises now what `medlm.rollout` would raise in the middle of the run."""
+        tokens = medlm.special_tokens(self.tokenizer)
+        for e in examples:
+            try:
+                medlm.response_text(e.response, tokens)
+            except ValueError as error:
+                start = self.tokenizer.decode(e.response, skip_special=False)[:60]
+                raise ValueError(f"{error}: {start!r}...") from None
 
     def pad(self, examples: list) -> list:
         """ME-DLM's responses end in pads, from which it learns how long an answer is."""
@@ -452,7 +484,14 @@ def train(args, ranks: Ranks) -> None:
     )  # fmt: skip
     step = 0
     if resume:
-        step = json.loads((resume / "train_state.json").read_text())["step"]
+        state = json.loads((resume / "train_state.json").read_text())
+        step = state["step"]
+        if step >= steps:
+            ranks.say(f"{out} is finished, at step {step} of {steps}; for a new run choose another --output_dir")
+            return 0
+        changed = {k: v for k, v in vars(args).items() if k in state["args"] and state["args"][k] != v}
+        if changed:
+            ranks.say("changed since the checkpoint was written: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
         restore_optimizer(resume, model, optimizer)
         ranks.say(f"continuing {resume} at step {step} of {steps}")
     if args.compile:
@@ -462,6 +501,7 @@ def train(args, ranks: Ranks) -> None:
     ddp = module
     if ranks.world > 1:
         ddp = DistributedDataParallel(module, device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None)
+    clear_output(out, args, ranks)
     log = Log(out, step, args, ranks)
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
     size += f", {sum(p.numel() for p in trained) / 1e6:.1f}M of them trained" if args.lora else ""
@@ -500,9 +540,8 @@ def train(args, ranks: Ranks) -> None:
             if (step % every["save"] == 0 and step < steps) or (stopping and step < steps):
                 save_checkpoint(out, str(step), module, tokenizer, optimizer, step, args, ranks)
             if stopping and step < steps:
-                ranks.say(
-                    f"stopped at step {step}; saved in {out}/checkpoint-{step}; the same command goes on from there"
-                )
+                again = "the same command" + " without --overwrite_output_dir" * args.overwrite_output_dir
+                ranks.say(f"stopped at step {step}; saved in {out}/checkpoint-{step}; {again} goes on from there")
                 return stop.status
     save_checkpoint(out, "final", module, tokenizer, optimizer, step, args, ranks)
     ranks.say(f"saved in {out}/checkpoint-final")
@@ -593,15 +632,16 @@ class Log:
     def __init__(self, out: Path, step: int, args, ranks: Ranks):
         self.file, self.ranks = out / "metrics.jsonl", ranks
         self.board = None
+        spent = 0.0
         if ranks.is_main:
-            trim_metrics(self.file, step)
+            spent = trim_metrics(self.file, step)
             if args.report_to == "tensorboard":
                 try:
                     from torch.utils.tensorboard import SummaryWriter
                 except ImportError:
                     raise ValueError("--report_to tensorboard: run `pip install tensorboard` first") from None
                 self.board = SummaryWriter(out / "tensorboard")
-        self.start = time.monotonic()
+        self.start = time.monotonic() - spent
         self.reset()
 
     def reset(self) -> None:

@@ -6,7 +6,7 @@
 # Not run by us at this size. Eight-billion-parameter training needs sharded optimizer state (--parallel zero1), which
 # is not in train.py yet: plain DDP wants about 130 GB per GPU here.
 set -euo pipefail
-TEXT=$(realpath "${1:?usage: recipes/medlm_8b.sh TEXT.jsonl DIALOGUES.jsonl}") TALK=$(realpath "$2")
+TEXT=$(realpath "${1:?usage: recipes/medlm_8b.sh TEXT.jsonl DIALOGUES.jsonl}") TALK=$(realpath "${2:?usage: recipes/medlm_8b.sh TEXT.jsonl DIALOGUES.jsonl}")
 cd "$(dirname "$0")/.."
 COMMON="--method medlm --seed 3407 --max_len 2048 --warmup_steps 100 --logging_steps 1 --lr_scheduler_type cosine --bf16
   --gradient_checkpointing --learning_rate 5e-5 --num_train_epochs 1 --per_device_train_batch_size 1 --min_t 0.0 --max_t 1.0"

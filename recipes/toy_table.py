@@ -35,11 +35,12 @@ def split(stage: str, passes: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def measure(checkpoint: Path) -> dict[int, tuple[float, float]]:
-    """S -> (share of answers right, share of responses valid) on all held-out prompts. Kept beside the checkpoint."""
-    kept = checkpoint / "passes.json"
-    if kept.is_file():
-        return {int(s): tuple(v) for s, v in json.loads(kept.read_text()).items()}
+    """S -> (share of answers right, share of responses valid) on all held-out prompts. Kept in the checkpoint's folder,
+    so that it goes when the checkpoint goes."""
     directory = models.local_path(str(checkpoint))
+    kept, settings = directory / "passes.json", [MASKS, *(split(checkpoint.name, p) for p in PASSES)]
+    if kept.is_file() and (found := json.loads(kept.read_text()))["settings"] == json.loads(json.dumps(settings)):
+        return {int(s): tuple(v) for s, v in found["result"].items()}
     model, tokenizer = models.load(str(directory)).eval(), data.load_tokenizer(directory)
     questions = data.toy_prompts("test")
     prompts = [data.encode_prompt([{"role": "user", "content": q}], tokenizer) for q in questions]
@@ -52,7 +53,7 @@ def measure(checkpoint: Path) -> dict[int, tuple[float, float]]:
         )  # fmt: skip
         checks = [data.toy_check(q, tokenizer.decode(d.response)) for q, d in zip(questions, decoded)]
         result[passes] = tuple(sum(column) / len(checks) for column in zip(*checks))
-    kept.write_text(json.dumps(result))
+    kept.write_text(json.dumps({"settings": settings, "result": result}))
     return result
 
 

@@ -472,7 +472,7 @@ def standing_in(monkeypatch, tmp_path):
 
     def run(*flags):
         model = StandIn()
-        monkeypatch.setattr(evaluate, "load", lambda args, path: (model, "medlm"))
+        monkeypatch.setattr(evaluate, "load", lambda args, path: (model, lambda *_: None, "medlm"))
         evaluate.main(["--path", str(checkpoint), "--output_dir", str(out), *flags])
         return model.asked, json.loads((out / "summary.json").read_text())
 
@@ -563,7 +563,7 @@ import os, sys, tempfile
 sys.path[:0] = {paths!r}
 import evaluate, test_evaluate
 model = test_evaluate.StandIn()
-evaluate.load = lambda args, path: (model, "medlm")
+evaluate.load = lambda args, path: (model, lambda *_: None, "medlm")
 evaluate.main(["--path", {folder!r}, "--task", "gsm8k", "--data_dir", {folder!r}, "--output_dir", {out!r}])
 print("asked", len(model.asked))
 """

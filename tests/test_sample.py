@@ -288,7 +288,7 @@ def test_a_conversation_through_a_pipe(checkpoints):
 @pytest.mark.parametrize("name", ["editflow", "medlm"])
 def test_a_prompt_longer_than_the_positions(name, refused):
     line = refused(name, *STEPS, "--prompt", PROMPT * 20)
-    assert line.startswith("sample.py: error: a prompt of ")
+    assert line.startswith("sample.py: error: the prompt 'Ann has 3 apples")
     assert "64 positions" in line
 
 

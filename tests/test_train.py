@@ -545,3 +545,60 @@ def test_sequences_beyond_absolute_positions_are_one_line(tmp_path, refused):
     flags = f"--model_name_or_path {tmp_path}/bert --output_dir {tmp_path}/out --max_steps 2"
     line = refused(f"--method editflow --x0_sampler masks[length:16] --dataset_args toy[train:48,test:6] {flags}")
     assert "20 positions" in line
+
+
+def test_overwriting_waits_until_the_new_run_can_start(tmp_path, refused):
+    out = tmp_path / "out"
+    run("editflow", out, "--max_steps 1")
+    flags = f"--method editflow --overwrite_output_dir --output_dir {out}"
+    refused(f"{flags} --dataset_args nowhere.jsonl")
+    assert "would delete" in refused(f"{flags} --dataset_args toy[train:48,test:6] --model_name_or_path {out}")
+    assert (out / "checkpoint-final/model.safetensors").is_file()
+    assert run("editflow", out, "--max_steps 2 --overwrite_output_dir") == 0
+    assert [line["step"] for line in metrics(out) if "loss" in line] == [1, 2]
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
+    run("editflow", tmp_path, "--max_steps 1")
+    before = (tmp_path / "checkpoint-final/model.safetensors").stat().st_mtime_ns
+    assert run("editflow", tmp_path, "--max_steps 1") == 0
+    assert "is finished, at step 1 of 1" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint-final/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_seconds_go_on_where_a_run_goes_on(tmp_path):
+    run("editflow", tmp_path, "--max_steps 3")
+    run("editflow", tmp_path, "--max_steps 5")
+    seconds = [line["seconds"] for line in metrics(tmp_path) if "seconds" in line]
+    assert len(seconds) == 5
+    assert seconds == sorted(seconds)
+
+
+def test_special_tokens_inside_held_out_responses_are_found_before_the_first_step(tmp_path, refused):
+    folder = tmp_path / "split"
+    folder.mkdir()
+    pair = {"prompt": "Count to three.", "response": "one two three"}
+    jsonl(folder / "train.jsonl", *[pair] * 40)
+    jsonl(folder / "test.jsonl", pair | {"response": "one <|del|> three"})
+    flags = "--method medlm --vocab_size 300 --max_length 96 --max_steps 2 --intermediate_ratio 1"
+    line = refused(f"{flags} --train_file {folder} --output_dir {tmp_path}/out")
+    assert "del token" in line
+    assert "one" in line
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_long_held_out_samples_are_left_out_and_counted(tmp_path, capsys):
+    folder = tmp_path / "split"
+    folder.mkdir()
+    pair = {"prompt": "Count.", "response": "one two three"}
+    jsonl(folder / "train.jsonl", *[pair] * 40)
+    jsonl(folder / "test.jsonl", pair | {"response": "one two " * 200})
+    run("editflow", tmp_path / "out", f"--dataset_args {folder} --vocab_size 300 --max_length 60 --max_steps 1")
+    assert "1 held-out samples longer than --max_length 60 left out" in capsys.readouterr().err
+
+
+def test_a_damaged_train_state_is_named(tmp_path, refused):
+    run("editflow", tmp_path, "--max_steps 1")
+    (tmp_path / "checkpoint-final/train_state.json").write_text("{")
+    line = refused(f"--method editflow --output_dir {tmp_path}")
+    assert "checkpoint-final/train_state.json" in line
