@@ -279,6 +279,7 @@ def merged(have: dict[str, Stored], directory: Path, kind: str) -> dict[str, Sto
     have = have | {name: Stored(heads, name, *held) for name, held in header(heads).items()}
     for a in [name for name in shapes if name.endswith(".lora_A.weight")]:
         b, target = a.replace(".lora_A.", ".lora_B."), a.removeprefix(lora.PREFIX).replace(".lora_A", "")
+        target = llada_name(target) if kind == "llada" else target
         if target not in have or b not in shapes:
             raise ValueError(f"{file}: {a} has no partner or no matrix {target!r} to be added to")
 
@@ -642,6 +643,8 @@ def prepare_output(output: Path, overwrite: bool) -> Path:
     try:
         if not overwrite and output.is_dir() and any(output.iterdir()):
             raise OSError("not empty; choose another folder, or pass --overwrite")
+        if (output / "train_state.json").is_file():
+            raise OSError("holds a checkpoint of a run, which would be lost; choose another folder")
         if output.exists() and not output.is_dir():
             raise OSError("is a file; choose another name")
         writing = output.parent / f".writing-{output.name}"

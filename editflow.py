@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edit_distance import edit_scripts
-from models import weighted_nll
+from models import max_positions, weighted_nll
 from ragged import DEL, GAP, INS, KEEP, SUB, Ragged, apply_edits, uniform_noise
 
 EPSILON = 1e-3  # t ~ U[0, 1 - EPSILON]: at t = 1 nothing remains and w(t) is infinite
@@ -296,8 +296,9 @@ def sample(
 
     Rates first, tokens only where an edit fires: the vocabulary heads see fired rows alone. A sequence that did not
     change keeps its hidden states (unless the model depends on t). temperature 0 takes the most likely token. Prompts
-    are frozen. Each sequence draws from its own counter-based noise, so its text depends on its seed and not on its
-    neighbours. on_step(t, x, op, sub_token, ins_token, label) is called before edits are applied.
+    are frozen. A text that fills the model's positions takes no more insertions. Each sequence draws from its own
+    counter-based noise, so its text depends on its seed and not on its neighbours. on_step(t, x, op, sub_token,
+    ins_token, label) is called before edits are applied.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -311,6 +312,7 @@ def sample(
     device = next(model.parameters()).device
     kappa = schedule(model.config.nanoedit.get("schedule", "cubic"))
     time_conditioned = model.config.nanoedit.get("time_conditioned", False)
+    limit = getattr(model.config, "max_position_embeddings", None) and max_positions(model.config)
     x = Ragged.pack([list(p) + list(s) for p, s in zip(prompts, x0)], device)
     prompt_len = torch.tensor([len(p) for p in prompts], device=device)
     seed = torch.tensor(seeds, dtype=torch.int64, device=device)
@@ -342,7 +344,7 @@ def sample(
         u = uniform_noise(seed[x.batch], step, x.positions, streams)  # [5, T]
         change = u[0] < q * (sub_rate + del_rate)
         substitute = change & (u[1] * (sub_rate + del_rate) < sub_rate)
-        insert = u[3] < q * ins_rate
+        insert = within(u[3] < q * ins_rate, x, limit)
 
         op = torch.where(change, torch.where(substitute, SUB, DEL), KEEP).to(torch.uint8)
         sub_token, ins_token = torch.full_like(x.ids, GAP), torch.full_like(x.ids, GAP)
@@ -367,6 +369,16 @@ def sample(
     left_over = torch.zeros(len(x), device=device).index_add_(0, x.batch, rates[2])
     texts = (ids[len(p) :] for ids, p in zip(x.unpack(), prompts))
     return [Sampled(ids, tuple(c), left) for ids, c, left in zip(texts, count.tolist(), left_over.tolist())]
+
+
+def within(insert: Tensor, x: Ragged, limit: int | None) -> Tensor:
+    """insert, bool [T], without the insertions by which a sequence would exceed `limit` tokens."""
+    added = torch.zeros_like(x.lengths).index_add_(0, x.batch, insert.long())
+    if not limit or not (x.lengths + added > limit).any():
+        return insert
+    count = insert.long().cumsum(0)
+    before = (added.cumsum(0) - added)[x.batch]
+    return insert & (count - before <= (limit - x.lengths)[x.batch])
 
 
 def draw_token(logits: Tensor, u: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:

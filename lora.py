@@ -47,9 +47,10 @@ def add(model: nn.Module, rank=32, alpha=64.0, dropout=0.05, four_bit=False, see
         for name, linear in [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
             weight = linear.weight
             base = Linear4bit(linear) if four_bit else linear
-            adapted = LoRALinear(base, weight.shape, rank, alpha, dropout).to(weight.device)
+            adapted = LoRALinear(base, weight.shape, rank, alpha, dropout)
             nn.init.normal_(adapted.lora_A.weight.data, std=weight.shape[1] ** -0.5, generator=generator)
             nn.init.zeros_(adapted.lora_B.weight)
+            adapted.to(weight.device)
             parent, _, leaf = name.rpartition(".")
             setattr(block.get_submodule(parent), leaf, adapted)
     model.lora = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
@@ -158,7 +159,7 @@ def save(model: nn.Module, directory: str, base: str) -> None:
     }
     tensors = {}
     for name, layer in layers.items():
-        on_disk = PREFIX + models.disk_name(model.config.model_type, name)
+        on_disk = PREFIX + models.disk_name(models.naming(model.config), f"{name}.").removesuffix(".")
         for part in ("lora_A", "lora_B"):
             tensors[f"{on_disk}.{part}.weight"] = getattr(layer, part).weight.detach().cpu().contiguous()
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -194,7 +195,7 @@ def load(directory: str, device="cpu", dtype=torch.float32, method=None, four_bi
     files = {
         directory / "heads.safetensors": {name: name for name in head_state(model)},
         directory / "adapter_model.safetensors": {
-            f"{name}.{part}.weight": f"{PREFIX}{models.disk_name(model.config.model_type, name)}.{part}.weight"
+            f"{name}.{part}.weight": PREFIX + models.disk_name(models.naming(model.config), f"{name}.{part}.weight")
             for name in adapted_layers(model)
             for part in ("lora_A", "lora_B")
         },

@@ -460,6 +460,8 @@ def complete_config(raw: dict) -> SimpleNamespace:
         }
     c = SimpleNamespace(**ARCHITECTURES[kind][1] | raw | {"model_type": kind})
     c.nanoedit = dict(raw.get("nanoedit", {}))
+    if str(raw["model_type"]).lower().startswith("editflow-"):
+        c.published_as = raw["model_type"]  # written back by `save`
     for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         size = getattr(c, field, None)
         if not isinstance(size, int) or size < 1:
@@ -681,11 +683,8 @@ def local_path(path_or_hub_id: str, patterns=CHECKPOINT_FILES, revision: str | N
     """
     directory = Path(path_or_hub_id)
     if directory.is_dir() and not (directory / "config.json").is_file():
-        if (directory / "checkpoint-final" / "config.json").is_file():
-            return directory / "checkpoint-final"
-        found = {d: d.name.removeprefix("checkpoint-") for d in directory.glob("checkpoint-*")}
-        runs = [d for d, step in found.items() if step.isdecimal() and (d / "config.json").is_file()]
-        return max(runs, key=lambda d: int(found[d]), default=directory)
+        runs = [file.parent for file in directory.glob("checkpoint-*/config.json")]
+        return max(runs, key=checkpoint_step, default=directory)
     if directory.is_dir():
         return directory
     if Path(path_or_hub_id).is_absolute() or str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith("."):
@@ -697,6 +696,15 @@ def local_path(path_or_hub_id: str, patterns=CHECKPOINT_FILES, revision: str | N
     except Exception as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise OSError(f"{path_or_hub_id}: no such directory, and the hub did not deliver it ({reason})") from e
+
+
+def checkpoint_step(directory: Path) -> float:
+    """How far a checkpoint-* directory of a run is trained; -1 where nothing tells."""
+    try:
+        return json.loads((directory / "train_state.json").read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        name = directory.name.removeprefix("checkpoint-")
+        return math.inf if name == "final" else int(name) if name.isdecimal() else -1
 
 
 def read_config(directory: Path) -> dict:
@@ -823,6 +831,8 @@ def save(model: nn.Module, directory: str, state: dict | None = None) -> None:
     state = {disk_name(kind, k): v.detach().cpu().contiguous() for k, v in (state or model.state_dict()).items()}
     with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as tmp:
         save_file(state, f"{tmp}/model.safetensors", metadata={"format": "pt"})
-        Path(tmp, "config.json").write_text(json.dumps(vars(model.config), indent=2, sort_keys=True), encoding="utf-8")
+        config = dict(vars(model.config))
+        config["model_type"] = config.pop("published_as", config["model_type"])
+        Path(tmp, "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         for name in ("model.safetensors", "config.json"):
             os.replace(f"{tmp}/{name}", directory / name)

@@ -56,8 +56,10 @@ def parse_args(argv=None):
     check_decoding(f, args)
     if args.interactive and (args.prompt or args.prompt_file):
         f.error("--interactive reads prompts from the terminal; leave out --prompt and --prompt_file")
-    if args.output != "-" and args.interactive:
-        f.error("--output does not go with --interactive")
+    clashes = {"--output": args.output != "-", "--draft": args.draft is not None, "--num_samples": args.num_samples > 1}
+    clashes |= {"--make_gif": args.make_gif, "--make_html": args.make_html}
+    for name in [name for name, given in clashes.items() if args.interactive and given]:
+        f.error(f"{name} does not go with --interactive")
     return args
 
 

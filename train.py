@@ -93,6 +93,7 @@ def parse_args(argv=None):
     a("--report_to", choices=["none", "tensorboard"], default="none", help="besides metrics.jsonl")
     for name in ("--do_train", "--save_safetensors", "--remove_unused_columns"):
         f.flag(name, default=None, help="accepted so that published commands run; changes nothing here")
+    a("--deepspeed", help="accepted likewise; processes run plain DDP")
     a("--dataloader_num_workers", type=n(int, low=0), default=0,
       help="accepted likewise; batches are made in the main process")
 
@@ -260,7 +261,7 @@ def save_checkpoint(out: Path, name: str, module, tokenizer, optimizer, step: in
         }
         try:
             if args.lora:
-                lora.save(module.model, partial, args.model_name_or_path)
+                lora.save(module.model, partial, models.local_path(args.model_name_or_path))
             else:
                 models.save(module.model, partial)
             tokenizer.save(partial)
@@ -295,7 +296,7 @@ def restore_optimizer(checkpoint: Path, model, optimizer) -> None:
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in stored]
             state = {key: moments.get_tensor(f"{name}.{key}") for key in keys}
             if state:
-                optimizer.state[p] = {k: value if k == "step" else value.to(p.device) for k, value in state.items()}
+                optimizer.state[p] = {k: value.to(p.device) for k, value in state.items()}
 
 
 def trim_metrics(file: Path, step: int) -> float:
@@ -378,8 +379,14 @@ def prepare_model(args, resume: Path | None, texts, ranks: Ranks):
 
 def open_model(args, directory: Path, resume: Path | None):
     """The checkpoint to start from or to continue, with LoRA adapters where they are asked for."""
+    adapted = (directory / "adapter_config.json").is_file()
+    if resume and adapted != args.lora:
+        kind = "with" if adapted else "without"
+        raise ValueError(f"{directory}: this run was trained {kind} --lora; go on {kind} it, or choose another folder")
     if not args.lora:
         return models.load(directory, method=args.method)
+    if adapted and not resume:
+        raise ValueError(f"{directory}: holds adapters already; `convert.py --to {args.method} --merge_lora` first")
     if resume:
         return lora.load(directory, method=args.method, four_bit=args.load_in_4bit)
     model = models.load(directory, method=args.method)
@@ -569,6 +576,15 @@ def prepare_source(model, dataset: Data, resume: Path | None) -> None:
     lacking = sum(e.draft is None for e in [*dataset.rows(0), *dataset.eval])
     if kind == "draft" and lacking:
         raise ValueError(f'--x0_sampler draft: {lacking} of the records have no "draft" field to start from')
+    if isinstance(model.model, models.Bert):  # on the way from x0 to x1 a text holds tokens of both
+        start = editflow.source(model.config.nanoedit["x0_sampler"]).length
+        examples = [*dataset.rows(0), *dataset.eval]
+        longest = max(len(e) + (len(e.draft or []) if kind == "draft" else start) for e in examples)
+        if longest > models.max_positions(model.config):
+            raise ValueError(
+                f"prompt, response and x0 take up to {longest} tokens together, the model has "
+                f"{models.max_positions(model.config)} positions; lower --max_length or the length of --x0_sampler"
+            )
 
 
 def unigram(examples: list, vocab_size: int) -> torch.Tensor:

@@ -926,3 +926,24 @@ def test_impossible_tokens_are_never_drawn_at_the_ends_of_u():
     u = torch.tensor([1e-300, 0.5, 1 - 2.0**-53, 0.9], dtype=torch.float64)
     for top_k, top_p in itertools.product((0, 2, 4), (1.0, 0.999)):
         assert set(editflow.draw_token(logits, u, 1.0, top_k, top_p).tolist()) == {1, 3}
+
+
+@few
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=4), st.integers(1, 9))
+def test_insertions_stop_where_the_positions_end(rows, limit):
+    x = Ragged.pack([[1] * len(row) for row in rows])
+    kept = editflow.within(torch.tensor([b for row in rows for b in row]), x, limit).tolist()
+    for row in rows:
+        here, kept = kept[: len(row)], kept[len(row) :]
+        room, expected = limit - len(row), []
+        for wanted in row:  # the first ones, as long as there is room
+            expected.append(wanted and room > 0)
+            room -= wanted
+        assert here == expected
+
+
+def test_a_text_never_outgrows_the_model():
+    model = Scripted(ins=3.0)
+    model.config.model_type, model.config.max_position_embeddings = "llama", 12
+    sampled = sample(model, [[BOS, 1], [BOS]], x0=[[], [1] * 4], steps=30)
+    assert [len(s.response) for s in sampled] == [10, 11]

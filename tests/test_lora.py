@@ -212,3 +212,15 @@ def test_damaged_adapters_are_named(base, tmp_path):
     (final / "adapter_config.json").write_text('{"r": 4}')
     with pytest.raises(ValueError, match=r"adapter_config\.json: field 'base_model_name_or_path' is missing"):
         models.load(final)
+
+
+def test_a_run_does_not_change_sides(base, tmp_path):
+    final = fit("editflow", base, tmp_path / "out")
+    argv = f"--method editflow --model_name_or_path {base} --dataset_args toy[train:48,test:6] --max_steps 5".split()
+    with pytest.raises(ValueError, match="trained with --lora"):
+        train.main([*argv, "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="holds adapters already"):
+        fit("editflow", final, tmp_path / "twice")
+    with pytest.raises(OSError, match="checkpoint of a run"):
+        convert.main(["--to", "editflow", "--merge_lora", "--overwrite", "-i", str(final), "-o", str(final)])
+    assert (final / "adapter_model.safetensors").is_file()

@@ -619,7 +619,7 @@ def damage_index_of_another_kind(d):
 def damage_no_heads(d):
     edit_config(d, nanoedit={})
     edit_tensors(d, lambda tensors: [tensors.pop(f"rate_heads.0.{p}") for p in ("weight", "bias")])
-    return "no Edit Flows or ME-DLM heads in this checkpoint; add them with `convert.py --to editflow"
+    return "no Edit Flows or ME-DLM heads in this checkpoint; add them with `convert.py --to medlm"
 
 
 DAMAGES = [f for name, f in list(globals().items()) if name.startswith("damage_")]
