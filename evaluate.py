@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -212,6 +212,8 @@ TASKS = {
     ),
 }
 
+TASKS["toy-repair"] = replace(TASKS["toy"], judge=TASKS["toy"].judge + "; the draft is a corrupted response")
+
 # -------------------------------------------------------------------------------------------------------- samples
 
 
@@ -229,8 +231,8 @@ def load_samples(name: str, source: str | None, limit: int | None, seed: int, sy
     instead of the table's, "" for none. Raises ValueError / OSError naming the file and line.
     """
     task = TASKS[name]
-    if name == "toy":
-        records = data.toy_records("test", limit or data.TOY_HELD_OUT, seed)
+    if name in data.TOY_SOURCES:
+        records = data.toy_records("test", limit or data.TOY_HELD_OUT, seed, repair=name == "toy-repair")
     else:
         files = data.data_files(source or task.hub)
         held_out = [file for file in files if "test" in file.name] or files
@@ -286,19 +288,22 @@ class Answer:
 
 
 def generator(model, tokenizer, args) -> Callable[..., list[Answer]]:
-    """sampler.generate, from samples to answers. Edit Flows has no draft and makes one pass per step."""
+    """sampler.generate, from samples to answers. Edit Flows makes one pass per step; it has a draft where the record
+    brings one, from which it then starts."""
     steps = sampler.passes(model, args) if model.config.nanoedit["method"] == "editflow" else 0
 
     def generate(samples: list[Sample], init_num: int) -> list[Answer]:
         prompts = [data.encode_prompt(s.messages, tokenizer) for s in samples]
         args.init_num = init_num
-        texts = sampler.generate(model, tokenizer, prompts, [s.seed for s in samples], args)
+        given = [s.record.get("draft") for s in samples]
+        drafts = None if None in given else [sampler.draft_ids(tokenizer, draft) for draft in given]
+        texts = sampler.generate(model, tokenizer, prompts, [s.seed for s in samples], args, drafts)
         return [
             Answer(
-                tokenizer.decode(text.ids), len(text.ids), text.details.get("draft"),
+                tokenizer.decode(text.ids), len(text.ids), text.details.get("draft", draft),
                 text.details.get("mask_passes", 0), text.details.get("edit_passes", steps),
             )
-            for text in texts
+            for text, draft in zip(texts, given)
         ]  # fmt: skip
 
     return generate

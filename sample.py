@@ -179,6 +179,11 @@ def prompt_ids(tokenizer, messages: list[dict], args) -> list[int]:
     return data.encode_prompt(messages, tokenizer, chat_template=args.chat_template)
 
 
+def draft_ids(tokenizer, draft: str) -> list[int]:
+    """A draft as the model was trained to see it: with end-of-message behind it."""
+    return [*tokenizer.encode(draft), *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
+
+
 def main(argv=None):
     args = parse_args(argv)
     check_writable(args.output if args.output != "-" else None, args.make_gif, args.make_html)
@@ -196,7 +201,7 @@ def main(argv=None):
     else:
         conversations = [[{"role": "user", "content": p}] for p in args.prompt or []] or [[]]
     jobs = [(c, prompt_ids(tokenizer, c, args), args.seed + k) for c in conversations for k in range(args.num_samples)]
-    draft = tokenizer.encode(args.draft) if args.draft is not None else None
+    draft = draft_ids(tokenizer, args.draft) if args.draft is not None else None
     is_medlm = model.config.nanoedit["method"] == "medlm"
     for messages, ids, _ in jobs:  # now, and not when its batch comes up
         name = f"the prompt {messages[-1]['content'][:40]!r}" if messages else "a prompt"

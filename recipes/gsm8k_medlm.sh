@@ -7,7 +7,7 @@ set -euo pipefail
 DIR=$(realpath "${1:?usage: recipes/gsm8k_medlm.sh DIR}")
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python} || PYTHON=${PYTHON:-python}
-OUT=${OUT:-out/gsm8k_medlm} STEPS=${STEPS:-700}
+OUT=${OUT:-out/gsm8k_medlm} STEPS=${STEPS:-450}
 COMMON="--method medlm --max_len 2048 --per_device_train_batch_size 1 --bf16 --lr_scheduler_type cosine --warmup_ratio 0.05
   --weight_decay 0.01 --max_steps $STEPS --logging_steps 10 --eval_steps 0.5 --eval_samples 1 --loss_norm bound"
 

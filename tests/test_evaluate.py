@@ -10,6 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -581,3 +582,17 @@ def test_two_ranks_under_torchrun(tmp_path, files):
     assert sorted(re.findall(r"asked \d", done.stdout)) == ["asked 3", "asked 4"]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["tasks"]["gsm8k"]["n"] == 7
     assert len(list((tmp_path / "out").glob("gsm8k.rank*.jsonl"))) == 2
+
+
+def test_repairs_start_from_the_corrupted_responses_and_both_are_judged(tmp_path):
+    tokenizer = data.toy_tokenizer()
+    model = models.build("editflow", "tiny", tokenizer.vocab_size, schedule="linear", x0_sampler="draft")
+    torch.nn.init.constant_(model.rate_heads[0].bias, -60.0)  # nothing is edited
+    models.save(model, tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    flags = ["--path", str(tmp_path / "model"), "--task", "toy-repair", "--limit", "20", "--steps", "2"]
+    evaluate.main([*flags, "--output_dir", str(tmp_path / "out")])
+    rows = [json.loads(line) for line in (tmp_path / "out/toy-repair.jsonl").read_text().splitlines()]
+    assert [row["response"] for row in rows] == [row["draft"] for row in rows]
+    assert [row["valid"] for row in rows] == [row["draft_valid"] for row in rows]
+    assert not all(row["draft_valid"] for row in rows)

@@ -155,7 +155,8 @@ def test_where_edit_flows_start(samples, monkeypatch):
     starts, step = [], editflow.sample
     monkeypatch.setattr(editflow, "sample", lambda *a, x0, **k: starts.append(x0) or step(*a, x0=x0, **k))
     mask = data.toy_tokenizer().mask_id
-    draft = data.toy_tokenizer().encode("That makes 8.")
+    toy = data.toy_tokenizer()
+    draft = [*toy.encode("That makes 8."), toy.eos_id]
     samples("editflow", "--prompt", PROMPT)
     samples("editflow", "--prompt", PROMPT, "--mask_length", 3)
     samples("editflow", "--prompt", PROMPT, "--x0_sampler", "empty")
