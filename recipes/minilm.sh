@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Does a pretrained encoder help? all-MiniLM-L6-v2 (22M parameters, BERT architecture) fine-tuned on GSM8K with both
-# methods, against the same model from random weights. About 40 minutes on two CPU cores.
+# methods, against the same model from random weights. About half an hour on two CPU cores.
 #
 #   recipes/minilm.sh MODEL GSM8K_TRAIN.jsonl      MODEL: sentence-transformers/all-MiniLM-L6-v2, or its folder
 set -euo pipefail
@@ -8,7 +8,7 @@ MODEL=${1:?usage: recipes/minilm.sh MODEL GSM8K_TRAIN.jsonl} DATA=$(realpath "$2
 [ -d "$MODEL" ] && MODEL=$(realpath "$MODEL")
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python} || PYTHON=${PYTHON:-python}
-OUT=${OUT:-out/minilm} STEPS=${STEPS:-600}
+OUT=${OUT:-out/minilm} STEPS=${STEPS:-250}
 
 train() {  # method, pretrained or random, more flags
   $PYTHON train.py --method "$1" --model_name_or_path "$OUT/$1-$2-start" --dataset_args "$DATA[test:200]" --bf16 \
@@ -16,7 +16,7 @@ train() {  # method, pretrained or random, more flags
     --eval_steps 0.1 --eval_samples 1 --output_dir "$OUT/$1-$2" "${@:3}"
 }
 
-for METHOD in editflow medlm; do
+for METHOD in ${METHODS:-editflow medlm}; do
   $PYTHON convert.py --to $METHOD -i "$MODEL" -o "$OUT/$METHOD-pretrained-start" --overwrite
   $PYTHON - "$OUT/$METHOD" <<'PY'
 import sys
