@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole of nanoEdit in eight minutes on two CPU cores: train Edit Flows from scratch on the built-in toy task
+# The whole of nanoEdit in five minutes on two CPU cores: train Edit Flows from scratch on the built-in toy task
 # (arithmetic word problems with many right phrasings), answer all 304 held-out prompts in one batch, watch one answer
 # being written. `make demo` runs this; a second run finds the trained model and goes straight to the answers.
 set -euo pipefail
