@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ragged import Ragged
 
-SHORT = 192  # up to this length one padded softmax beats a call per sequence on CPU (`bench.py attention`)
+SHORT = 192  # up to this length one padded softmax trains faster than a call per sequence on CPU (`bench.py attention`)
 
 
 # ---------------------------------------------------------------------------------------------------- attention
@@ -777,7 +777,7 @@ def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None
     """
     directory = local_path(path)
     if (directory / "adapter_config.json").is_file():
-        import lora  # which stands above this file and is needed here alone
+        import lora  # lora.py builds on this file, so it is imported here and not at the top
 
         return lora.merge(lora.load(directory, device, dtype, method))
     raw = read_config(directory)
