@@ -334,6 +334,7 @@ def test_published_edit_flows_checkpoints(tmp_path, kind):
     again = all_tensors(tmp_path / "again")
     unused = {"lm_head.weight", "decoder.weight", "decoder.bias", "model.transformer.ff_out.weight"}  # beside the heads
     assert set(source) - set(again) <= unused
+    assert json.loads((tmp_path / "again/config.json").read_text())["model_type"] == f"editflow-{kind}"
     assert all(torch.equal(again[name], t) for name, t in source.items() if name in again)
     with torch.no_grad():
         assert torch.equal(models.load(tmp_path / "again")(BATCH), ours(BATCH))

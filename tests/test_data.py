@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import sentencepiece
+import tokenizers
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -119,6 +120,41 @@ def test_saved_tokenizer_agrees_with_transformers(bpe, name, tmp_path):
     for prompt in (True, False):
         written = oracle.apply_chat_template(DIALOGUE, tokenize=False, add_generation_prompt=prompt)
         assert ours.chat(DIALOGUE, prompt) == written
+
+
+def trained(kind: str):
+    """A tokenizer of the tokenizers library, as BERT or T5 have one, trained here."""
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+    if kind == "wordpiece":
+        backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+        backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        backend.decoder = tokenizers.decoders.WordPiece()
+        trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=150, special_tokens=special, show_progress=False)
+    else:
+        backend = tokenizers.Tokenizer(tokenizers.models.Unigram())
+        backend.normalizer = tokenizers.normalizers.NFKC()
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        backend.decoder = tokenizers.decoders.Metaspace()
+        trainer = tokenizers.trainers.UnigramTrainer(
+            vocab_size=150, special_tokens=special, unk_token="[UNK]", show_progress=False
+        )
+    backend.train_from_iterator([CORPUS], trainer)
+    return backend
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+def test_trained_tokenizers_agree_with_transformers(kind, tmp_path):
+    trained(kind).save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "mask_token": "[MASK]", "pad_token": "[PAD]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"clean_up_tokenization_spaces": False}))
+    ours, oracle = load_tokenizer(tmp_path), transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert (ours.mask_id, ours.pad_id) == (oracle.mask_token_id, oracle.pad_token_id)
+    for text in (CORPUS[:300], "größer 😀 beer  on\n the WALL", "take [MASK] down, [PAD] pass"):
+        ids = oracle.encode(text, add_special_tokens=False)
+        assert ours.encode(text) == ids
+        for skip in (True, False):
+            assert ours.decode(ids, skip) == oracle.decode(ids, skip_special_tokens=skip)
 
 
 def test_save_and_load_change_nothing(bpe, tmp_path):
