@@ -626,8 +626,11 @@ def test_memory_stays_near_one_tensor(tmp_path):
 
 
 class Bomb:
+    def __init__(self, trace: Path):
+        self.trace = trace
+
     def __reduce__(self):
-        return (open, ("/tmp/nanoedit-test-must-not-exist", "w"))
+        return (open, (str(self.trace), "w"))
 
 
 def truncate(file: Path) -> None:
@@ -666,7 +669,7 @@ def lie_in_index(directory: Path) -> None:
 
 def hostile_bin(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
-    (directory / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Bomb()}))
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Bomb(directory.parent / "must-not-exist")}))
 
 
 def truncated_bin(directory: Path) -> None:
@@ -757,7 +760,7 @@ def test_bad_source_is_named_and_leaves_nothing(tmp_path, good, case):
     with pytest.raises((ValueError, OSError), match=message):
         run(source, tmp_path / "out")
     assert {f.name for f in tmp_path.iterdir()} == {"in"}
-    assert not Path("/tmp/nanoedit-test-must-not-exist").exists()
+    assert not (tmp_path / "must-not-exist").exists()
 
 
 def test_a_write_that_fails_half_way_leaves_nothing(tmp_path, good, monkeypatch):
