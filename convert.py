@@ -178,14 +178,7 @@ def bin_files(directory: Path) -> dict[str, Path]:
     if not index.is_file():
         tried = "model.safetensors, model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json"
         raise OSError(f"{directory}: no weights; looked for {tried}")
-    try:
-        files = {name: directory / file for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as e:
-        raise ValueError(f"{index}: not an index of PyTorch files ({e})") from None
-    for file in sorted(set(files.values())):
-        if not file.is_file():
-            raise OSError(f"{file}: missing, although {index.name} names it")
-    return files
+    return models.indexed_files(index, "an index of PyTorch files")
 
 
 @lru_cache(maxsize=1)
@@ -212,8 +205,6 @@ def read_config(directory: Path) -> dict:
         kept = {field: value for field, value in raw.items() if field.endswith("_token_id") or field == "nanoedit"}
         raw = kept | models.llada_config(raw) | {"model_type": raw.get("model_type")}
     config = models.complete_config(raw)
-    if config.model_type in ("llama", "qwen3") and config.attention_bias:
-        raw["attention_out_bias"] = True  # these two bias the output projection as well
     if config.model_type == "modernbert":
         raw["vocab_bias"] = raw.get("vocab_bias", raw.get("decoder_bias", True))
     if hasattr(config, "rope_scaling"):  # raises for kinds of scaling that we cannot compute
@@ -243,10 +234,8 @@ def canonical(stored: dict[str, Stored], kind: str) -> dict[str, Stored]:
 
 def llada_name(name: str) -> str:
     """model.transformer.blocks.3.attn_out.weight -> model.layers.3.self_attn.o_proj.weight"""
-    for ours, theirs in models.LLADA_NAMES if name.startswith("model.transformer.") else []:
-        if name.startswith(theirs) or (theirs.startswith(".") and theirs in name):
-            name = name.replace(theirs, ours, 1)
-    return name
+    is_theirs = name.startswith("model.transformer.")
+    return models.rename(name, [(theirs, ours) for ours, theirs in models.LLADA_NAMES]) if is_theirs else name
 
 
 @dataclass

@@ -579,10 +579,10 @@ def main(argv=None) -> None:
     checkpoint = models.local_path(args.path)
     generate, check_lengths, method = load(args, checkpoint)
     settings = {"method": method} | {flag: getattr(args, flag) for flag in DECODING[method]}
-    for name in samples:
-        check_lengths(samples[name], args.init_num or TASKS[name].init_num)
-    for name in samples:
-        init_num = args.init_num or TASKS[name].init_num
+    init_nums = {name: args.init_num or TASKS[name].init_num for name in samples}
+    for name, init_num in init_nums.items():
+        check_lengths(samples[name], init_num)
+    for name, init_num in init_nums.items():
         set_keys(samples[name], settings | {"init_num": init_num, "checkpoint": fingerprint(checkpoint)})
         options = {"rank": rank, "world": world, "batch_size": args.batch_size, "may_run": args.allow_code_execution}
         answer_samples(name, samples[name], partial(generate, init_num=init_num), out, **options)

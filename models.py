@@ -728,19 +728,23 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     directory = Path(directory)
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {name: directory / file for name, file in names.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{index}: not a safetensors index ({e})") from None
-    else:
-        single = directory / "model.safetensors"
-        if not single.is_file():
-            raise OSError(
-                f"{directory}: no model.safetensors and no model.safetensors.index.json; convert.py reads other formats"
-            )
-        with open_tensors(single) as f:
-            files = {name: single for name in f.keys()}  # noqa: SIM118
+        return indexed_files(index, "a safetensors index")
+    single = directory / "model.safetensors"
+    if not single.is_file():
+        raise OSError(
+            f"{directory}: no model.safetensors and no model.safetensors.index.json; convert.py reads other formats"
+        )
+    with open_tensors(single) as f:
+        return {name: single for name in f.keys()}  # noqa: SIM118
+
+
+def indexed_files(index: Path, what: str) -> dict[str, Path]:
+    """Tensor name -> the file beside `index` that holds it. Raises ValueError / OSError; `what` is for the message."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: index.parent / file for name, file in names.items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise ValueError(f"{index}: not {what} ({e})") from None
     for file in sorted(set(files.values())):
         if not file.is_file():
             raise OSError(f"{file}: missing, although {index.name} names it")
@@ -758,9 +762,14 @@ def open_tensors(file: Path):
 def disk_name(model_type: str, name: str) -> str:
     """Our parameter name -> its name in a checkpoint. They differ for encoders with a prediction head, and in LLaDA's
     own checkpoints (`naming`)."""
-    for ours, theirs in LLADA_NAMES if model_type == "llada original" else ARCHITECTURES[model_type][2]:
-        if name.startswith(ours) or (ours.startswith(".") and ours in name):
-            name = name.replace(ours, theirs, 1)
+    return rename(name, LLADA_NAMES if model_type == "llada original" else ARCHITECTURES[model_type][2])
+
+
+def rename(name: str, pairs) -> str:
+    """Replaces beginnings of a name, and inner parts (they start with a dot): pairs of (old, new)."""
+    for old, new in pairs:
+        if name.startswith(old) or (old.startswith(".") and old in name):
+            name = name.replace(old, new, 1)
     return name
 
 

@@ -213,7 +213,7 @@ def main(argv=None):
             len(prompt), tokenizer.pieces, tokenizer.mask_id, tokenizer.pad_id, live=sys.stdout if args.show else None
         )
     out = sys.stdout if args.output == "-" else open(args.output, "w", encoding="utf-8")  # noqa: SIM115
-    first, total = None, passes(model, args) * -(-len(jobs) // args.batch_size)
+    total = passes(model, args) * -(-len(jobs) // args.batch_size)
     with tqdm(total=total, unit="pass", file=sys.stderr, disable=bool(trace and trace.screen), leave=False) as bar:
         for i in range(0, len(jobs), args.batch_size):
             batch = jobs[i : i + args.batch_size]
@@ -227,10 +227,12 @@ def main(argv=None):
             texts = generate(
                 model, tokenizer, [ids for _, ids, _ in batch], [seed for _, _, seed in batch], args, drafts, on_step
             )
-            if trace and first is None:
+            if trace and i == 0:
                 trace.finish(final_state(model, tokenizer, jobs[0][1], texts[0]))
-                show_pair(trace) if trace.screen else show(trace) if args.show else None
-            first = first or texts[0]
+                if trace.screen:  # the frames have been seen
+                    show_pair(trace)
+                elif args.show:
+                    show(trace)
             for (messages, _, seed), text in zip(batch, texts):
                 write_result(out, messages, tokenizer.decode(text.ids), seed, text.details, len(jobs))
     if out is not sys.stdout:

@@ -5,7 +5,7 @@
 
 The loop is a loop you can read aloud (function `train`): draw a micro-batch, loss, backward, repeat for accumulation,
 clip, step, log, evaluate, save. The methods live in editflow.py and medlm.py; here they are the two branches of
-`make_loss`.
+`loss_function`.
 
 Nothing random is stored. Every draw comes from a generator seeded by (seed, step, micro-batch), and so does the choice
 of examples: a run killed and restarted sees what an undisturbed run sees, and one process with accumulation 4 sees
@@ -269,13 +269,17 @@ def save_checkpoint(out: Path, name: str, module, tokenizer, optimizer, step: in
             (partial / "train_state.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=2))
         except (OSError, SafetensorError) as e:
             shutil.rmtree(partial, ignore_errors=True)
-            again = "the same command" + " without --overwrite_output_dir" * args.overwrite_output_dir
-            raise OSError(f"{target}: cannot be saved ({e}); {again} goes on from the last checkpoint") from e
+            raise OSError(f"{target}: cannot be saved ({e}); {again(args)} goes on from the last checkpoint") from e
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         for old in checkpoints(out)[: -args.save_total_limit]:
             shutil.rmtree(old)
     ranks.barrier()
+
+
+def again(args) -> str:
+    """How to go on from a checkpoint, in words."""
+    return "the same command" + " without --overwrite_output_dir" * args.overwrite_output_dir
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -547,8 +551,7 @@ def train(args, ranks: Ranks) -> None:
             if (step % every["save"] == 0 and step < steps) or (stopping and step < steps):
                 save_checkpoint(out, str(step), module, tokenizer, optimizer, step, args, ranks)
             if stopping and step < steps:
-                again = "the same command" + " without --overwrite_output_dir" * args.overwrite_output_dir
-                ranks.say(f"stopped at step {step}; saved in {out}/checkpoint-{step}; {again} goes on from there")
+                ranks.say(f"stopped at step {step}; saved in {out}/checkpoint-{step}; {again(args)} goes on from there")
                 return stop.status
     save_checkpoint(out, "final", module, tokenizer, optimizer, step, args, ranks)
     ranks.say(f"saved in {out}/checkpoint-final")
@@ -570,15 +573,15 @@ class StopSignal:
 
 def prepare_source(model, dataset: Data, resume: Path | None) -> None:
     """What the x0_sampler needs: token frequencies, or a draft in every example. Raises ValueError without drafts."""
-    kind = editflow.source(model.config.nanoedit["x0_sampler"]).kind
+    kind, start = editflow.source(model.config.nanoedit["x0_sampler"])
+    rows = dataset.rows(0)
     if kind == "uniform" and not (resume and hasattr(model, "unigram")):
-        model.set_unigram(unigram(dataset.rows(0), model.config.vocab_size))
-    lacking = sum(e.draft is None for e in [*dataset.rows(0), *dataset.eval])
+        model.set_unigram(unigram(rows, model.config.vocab_size))
+    examples = [*rows, *dataset.eval]
+    lacking = sum(e.draft is None for e in examples)
     if kind == "draft" and lacking:
         raise ValueError(f'--x0_sampler draft: {lacking} of the records have no "draft" field to start from')
     if isinstance(model.model, models.Bert):  # on the way from x0 to x1 a text holds tokens of both
-        start = editflow.source(model.config.nanoedit["x0_sampler"]).length
-        examples = [*dataset.rows(0), *dataset.eval]
         longest = max(len(e) + (len(e.draft or []) if kind == "draft" else start) for e in examples)
         if longest > models.max_positions(model.config):
             raise ValueError(
