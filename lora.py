@@ -140,14 +140,17 @@ class Linear4bit(nn.Module):
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 
-def head_state(model: nn.Module) -> dict[str, Tensor]:
-    """Everything outside the backbone: vocabulary and rate heads, time embedding, token frequencies."""
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("model.")}
+def head_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a state dict everything outside the backbone: vocabulary and rate heads, time embedding, token frequencies."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
 
 
-def save(model: nn.Module, directory: str, base: str) -> None:
-    """Adapters and heads alone. base: the checkpoint they belong to, a directory or a hub id."""
-    directory, layers = Path(directory), adapted_layers(model)
+def save(model: nn.Module, directory: str, base: str, state: dict | None = None) -> None:
+    """Adapters and heads alone. base: the checkpoint they belong to, a directory or a hub id.
+
+    state: the full state dict where the model itself holds only shards of it.
+    """
+    directory, layers, state = Path(directory), adapted_layers(model), state or model.state_dict()
     directory.mkdir(parents=True, exist_ok=True)
     config = model.lora | {
         "peft_type": "LORA",
@@ -158,12 +161,12 @@ def save(model: nn.Module, directory: str, base: str) -> None:
         "inference_mode": True,
     }
     tensors = {}
-    for name, layer in layers.items():
+    for name in layers:
         on_disk = PREFIX + models.disk_name(models.naming(model.config), f"{name}.").removesuffix(".")
         for part in ("lora_A", "lora_B"):
-            tensors[f"{on_disk}.{part}.weight"] = getattr(layer, part).weight.detach().cpu().contiguous()
+            tensors[f"{on_disk}.{part}.weight"] = state[f"{name}.{part}.weight"].detach().cpu().contiguous()
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    heads = {name: tensor.detach().cpu().contiguous() for name, tensor in head_state(model).items()}
+    heads = {name: tensor.detach().cpu().contiguous() for name, tensor in head_state(state).items()}
     save_file(heads, directory / "heads.safetensors", metadata={"format": "pt"})
     for name, value in (("adapter_config.json", config), ("config.json", vars(model.config))):
         (directory / name).write_text(json.dumps(value, indent=2, sort_keys=True), encoding="utf-8")
@@ -193,7 +196,7 @@ def load(directory: str, device="cpu", dtype=torch.float32, method=None, four_bi
         model.set_unigram(torch.ones(model.config.vocab_size, device=device))
     state = model.state_dict()
     files = {
-        directory / "heads.safetensors": {name: name for name in head_state(model)},
+        directory / "heads.safetensors": {name: name for name in head_state(state)},
         directory / "adapter_model.safetensors": {
             f"{name}.{part}.weight": PREFIX + models.disk_name(models.naming(model.config), f"{name}.{part}.weight")
             for name in adapted_layers(model)

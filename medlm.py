@@ -27,6 +27,7 @@ functions, so the model is trained on the drafts that it will meet. Every sequen
 where the response begins. Prompts hold at least one token: the last one carries the insertion in front of the response.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -354,13 +355,15 @@ def refine(
     doubts least (`propose_edits`); a text with nothing to edit is a cycle of one.
     room: int64 [B], tokens that a response may have: only the surest insertions are made when there is no more. Without
     it a model that does not edit well yet may double its text in every pass. max_edits: at most so many edits per pass
-    and sequence, the surest ones. lockstep: all ranks go on until every one of them is finished.
+    and sequence, the surest ones. lockstep: all ranks make forward passes until every one of them is finished.
     """
     active = torch.ones(len(x), dtype=torch.bool, device=x.ids.device)
     used = torch.zeros_like(first)
     rows = [tuple(row) for row in x.unpack()]
     seen = [{} for _ in rows]  # per sequence: text -> doubt, in the order of the passes
-    for step in range(passes):
+    for step in itertools.count():
+        if step == passes:
+            active = torch.zeros_like(active)
         if not agree_max(int(active.any()), lockstep, x.ids.device):
             break
         edits, doubt = propose_edits(model, x, first, active, tokens, room, max_edits)
@@ -445,7 +448,8 @@ def rollout(
 
     A fraction t ~ U[min_t, max_t] of each response (pads included, stratified over the batch) is masked and filled in
     with plan.tokens_per_pass tokens per pass, then closed and edited; no gradients, no dropout, the weights as they
-    are. Every rank makes the same number of forward passes: the longest fill and the end of editing are agreed.
+    are. Every rank makes the same number of forward passes: the longest fill and the end of editing are agreed. What
+    comes out depends on this rank's examples alone.
     Raises ValueError where a response cannot be labelled (`response_text`).
     """
     check_range("intermediate_min_t", min_t, "intermediate_max_t", max_t)
@@ -459,13 +463,14 @@ def rollout(
     x = replace(x, ids=x.ids.index_fill(0, masked, tokens["mask"])).to(device)
     first, seeds, passes = first.to(device), seeds.to(device), passes.to(device)
     room = x.lengths - first
-    rounds = agree_max(int(passes.max()), True, device)
+    longest = int(passes.max())
     with inference(model):
+        rounds = agree_max(longest, True, device)
         x = fill_masks(model, x, first, passes, tokens, order=order, seeds=seeds, rounds=rounds)
         x = close_draft(x, first, tokens)
-        x, used = refine(model, x, first, plan.edit_passes(rounds), tokens, room=room, lockstep=True)
+        x, used = refine(model, x, first, plan.edit_passes(longest), tokens, room=room, lockstep=True)
     batch = label_drafts(x, first, clean, tokens, threads)
-    return replace(batch, mask_passes=rounds, edit_passes=int(used.max()))
+    return replace(batch, mask_passes=longest, edit_passes=int(used.max()))
 
 
 def response_text(response: Sequence[int], tokens: dict) -> list[int]:

@@ -5,30 +5,22 @@
 
 The loop is a loop you can read aloud (function `train`): draw a micro-batch, loss, backward, repeat for accumulation,
 clip, step, log, evaluate, save. The methods live in editflow.py and medlm.py; here they are the two branches of
-`loss_function`.
+`loss_function`. How a model is spread over processes is in parallel.py, how a run is saved in checkpoints.py.
 
 Nothing random is stored. Every draw comes from a generator seeded by (seed, step, micro-batch), and so does the choice
 of examples: a run killed and restarted sees what an undisturbed run sees, and one process with accumulation 4 sees
 what four processes see.
 """
 
-import contextlib
-import datetime
+import itertools
 import json
 import math
-import os
-import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import cli
@@ -37,6 +29,9 @@ import editflow
 import lora
 import medlm
 import models
+import parallel
+from checkpoints import STATE, again, clear_output, prepare_output, save_checkpoint, trim_metrics
+from parallel import LossModule, Ranks
 
 # ---------------------------------------------------------------------------------------------------- flags
 
@@ -54,6 +49,10 @@ def parse_args(argv=None):
       help="checkpoint directory or hub id to start from; without it: a new model")
     a("--preset", default="tiny", help=f"size of a new model: {', '.join(models.PRESETS)}")
     a("--vocab_size", type=n(int, low=300), default=4096, help="size of the tokenizer trained for a new model")
+    a("--parallel", choices=parallel.MODES, default="ddp",
+      help="several processes: everything on each (ddp), the optimizer shared (zero1), weights too (fsdp)")
+    f.flag("--reshard_after_forward", default=True,
+           help="fsdp: let a block's weights go between forward and backward (ZeRO-3); False keeps them (ZeRO-2)")
     f.flag("--gradient_checkpointing", help="recompute activations block by block: less memory, one more forward")
     f.flag("--bf16", help="bf16 autocast; weights and optimizer stay float32")
     f.flag("--compile", help="torch.compile the blocks")
@@ -93,7 +92,7 @@ def parse_args(argv=None):
     a("--report_to", choices=["none", "tensorboard"], default="none", help="besides metrics.jsonl")
     for name in ("--do_train", "--save_safetensors", "--remove_unused_columns"):
         f.flag(name, default=None, help="accepted so that published commands run; changes nothing here")
-    a("--deepspeed", help="accepted likewise; processes run plain DDP")
+    a("--deepspeed", help="accepted likewise; see --parallel")
     a("--dataloader_num_workers", type=n(int, low=0), default=0,
       help="accepted likewise; batches are made in the main process")
 
@@ -142,46 +141,7 @@ def parse_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------------------------------------------- processes
-
-
-class Ranks:
-    """This process among its peers under torchrun; alone otherwise."""
-
-    def __init__(self):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local)
-        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-        if self.world > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
-        self.is_main = self.rank == 0
-
-    def say(self, text: str) -> None:
-        if self.is_main:
-            tqdm.write(text, file=sys.stderr)
-
-    def mean(self, sums: dict[str, float], counts: dict[str, int]) -> dict[str, float]:
-        """Sums over counts, of all processes together; a key need not be known to all of them."""
-        everyone = [(sums, counts)]
-        if self.world > 1:
-            everyone = [None] * self.world
-            dist.all_gather_object(everyone, (sums, counts))
-        keys = dict.fromkeys(k for s, _ in everyone for k in s)
-        return {k: sum(s.get(k, 0) for s, _ in everyone) / sum(n.get(k, 0) for _, n in everyone) for k in keys}
-
-    def any(self, flag: bool) -> bool:
-        if self.world == 1:
-            return flag
-        vote = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-        return bool(vote)
-
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
+# ---------------------------------------------------------------------------------------------------- methods
 
 
 def seeded(*key: int) -> torch.Generator:
@@ -193,154 +153,47 @@ def seeded(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(state % 2**63)
 
 
-# ---------------------------------------------------------------------------------------------------- methods
+def loss_function(args, module: LossModule, tokenizer, device):
+    """The two methods behind one interface: f(call, examples, key, progress) -> (loss, metrics).
 
-
-class LossModule(nn.Module):
-    """DDP watches forward(); so the whole loss is computed inside one, heads included."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, function, *args, **kwargs):
-        return function(self.model, *args, **kwargs)
-
-
-def loss_function(args, model, tokenizer, device):
-    """The two methods behind one interface: f(module, examples, key, progress) -> (loss, metrics).
-
-    module is a LossModule (or its DDP wrapper); key seeds the noise of this micro-batch; progress runs from 0 to 1.
+    call is the module itself, or its DDP wrapper where gradients are wanted; key seeds the noise of this micro-batch;
+    progress runs from 0 to 1.
     """
+    model = module.model
     settings = model.config.nanoedit
     if args.method == "editflow":
         kappa, x0_source = editflow.schedule(settings["schedule"]), editflow.source(settings["x0_sampler"])
 
-        def editflow_loss(module, examples, key, progress):
+        def editflow_loss(call, examples, key, progress):
             rng = seeded(*key)
             x0 = [x0_source.draw(e.draft, tokenizer.mask_id, getattr(model, "unigram", None), rng) for e in examples]
             prompts, x1 = [e.prompt for e in examples], [e.response for e in examples]
             batch = editflow.path(prompts, x0, x1, editflow.draw_t(len(examples), rng), kappa.kappa, rng)
-            return module(editflow.loss, batch.to(device), kappa, normalize=args.normalize)
+            return call(editflow.loss, batch.to(device), kappa, normalize=args.normalize)
 
         return editflow_loss
 
     tokens = medlm.special_tokens(tokenizer)
 
-    def medlm_loss(module, examples, key, progress):
+    def medlm_loss(call, examples, key, progress):
         shared = seeded(*key[:2])  # (seed, step): the same on every rank, so all ranks make the same passes
         if torch.rand((), generator=shared) < args.intermediate_ratio:
             plan = medlm.plan_rollout(progress, args.mask_diffusion_pred_per_step, args.max_diffusion_steps, shared)
-            batch = medlm.rollout(
-                model, examples, plan, tokens,
+            batch = module(
+                medlm.rollout, examples, plan, tokens,
                 min_t=args.intermediate_min_t, max_t=args.intermediate_max_t,
                 order=args.rollout_order, generator=seeded(*key),
             )  # fmt: skip
-            return module(medlm.rollout_loss, batch)
+            return call(medlm.rollout_loss, batch)
         batch = medlm.mask_batch(
             examples, mask_id=tokens["mask"], min_t=args.min_t, max_t=args.max_t, generator=seeded(*key)
         )
-        return module(medlm.mask_loss, batch.to(device), args.loss_norm)
+        return call(medlm.mask_loss, batch.to(device), args.loss_norm)
 
     return medlm_loss
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(out: Path, name: str, module, tokenizer, optimizer, step: int, args, ranks: Ranks) -> None:
-    """OUT/checkpoint-NAME: model, tokenizer, optimizer and step; written under another name, then renamed."""
-    if ranks.is_main:
-        target, partial = out / f"checkpoint-{name}", out / f".writing-{name}"
-        shutil.rmtree(partial, ignore_errors=True)
-        names = {id(p): n for n, p in module.model.named_parameters()}
-        moments = {
-            f"{names[id(p)]}.{key}": value.detach().cpu().contiguous()
-            for p, state in optimizer.state.items()
-            for key, value in state.items()
-        }
-        try:
-            if args.lora:
-                lora.save(module.model, partial, models.local_path(args.model_name_or_path))
-            else:
-                models.save(module.model, partial)
-            tokenizer.save(partial)
-            save_file(moments, partial / "optimizer.safetensors")
-            (partial / "train_state.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=2))
-        except (OSError, SafetensorError) as e:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(f"{target}: cannot be saved ({e}); {again(args)} goes on from the last checkpoint") from e
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-        for old in checkpoints(out)[: -args.save_total_limit]:
-            shutil.rmtree(old)
-    ranks.barrier()
-
-
-def again(args) -> str:
-    """How to go on from a checkpoint, in words."""
-    return "the same command" + " without --overwrite_output_dir" * args.overwrite_output_dir
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = []
-    for file in out.glob("checkpoint-*/train_state.json"):
-        try:
-            found.append((int(json.loads(file.read_text())["step"]), file.parent))
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{file}: not readable ({e}); delete {file.parent} to go on from another") from None
-    return [path for _, path in sorted(found)]
-
-
-def restore_optimizer(checkpoint: Path, model, optimizer) -> None:
-    with models.open_tensors(checkpoint / "optimizer.safetensors") as moments:
-        stored = set(moments.keys())
-        for name, p in model.named_parameters():
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in stored]
-            state = {key: moments.get_tensor(f"{name}.{key}") for key in keys}
-            if state:
-                optimizer.state[p] = {k: value.to(p.device) for k, value in state.items()}
-
-
-def trim_metrics(file: Path, step: int) -> float:
-    """Drop lines that an interrupted run logged after its last checkpoint: they will be logged again. Returns the
-    seconds that the run had taken by then."""
-    if not file.is_file():
-        return 0.0
-    lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    file.write_text("".join(line + "\n" for line in kept))
-    return max((json.loads(line).get("seconds", 0.0) for line in kept), default=0.0)
-
-
 # ---------------------------------------------------------------------------------------------------- set-up
-
-
-def prepare_output(args, ranks: Ranks) -> tuple[Path, Path | None]:
-    """The output directory, proven writable before anything long starts, and the checkpoint to continue from."""
-    out = Path(args.output_dir)
-    if ranks.is_main:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            probe = out / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as e:
-            raise OSError(
-                f"--output_dir {out}: cannot be written to ({e.strerror or e}); choose another folder"
-            ) from None
-    ranks.barrier()
-    found = [] if args.overwrite_output_dir else checkpoints(out)
-    return out, found[-1] if found else None
-
-
-def clear_output(out: Path, args, ranks: Ranks) -> None:
-    """--overwrite_output_dir, once everything that the new run needs has been read."""
-    if args.overwrite_output_dir and ranks.is_main:
-        for old in [*checkpoints(out), out / "metrics.jsonl"]:
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    ranks.barrier()
 
 
 def prepare_model(args, resume: Path | None, texts, ranks: Ranks):
@@ -378,7 +231,7 @@ def prepare_model(args, resume: Path | None, texts, ranks: Ranks):
         positions = models.max_positions(model.config)
         raise ValueError(f"--max_length {args.max_length} is more than the model's {positions} positions; lower it")
     model.model.gradient_checkpointing = args.gradient_checkpointing
-    return model.to(ranks.device), tokenizer
+    return model, tokenizer
 
 
 def open_model(args, directory: Path, resume: Path | None):
@@ -456,17 +309,17 @@ class Data:
 
     def stream(self, start: int):
         """All micro-batches from number `start` on, epoch after epoch without end: depends on the seed alone."""
-        epoch = 0
-        while True:
+        for epoch in itertools.count():
             batches = self.epoch(epoch)
             yield from batches[start:]
-            start, epoch = max(0, start - len(batches)), epoch + 1
+            start = max(0, start - len(batches))
 
 
 # ---------------------------------------------------------------------------------------------------- the loop
 
 
-def train(args, ranks: Ranks) -> None:
+def train(args, ranks: Ranks) -> int:
+    """Returns the exit status: 0, or 130 after Ctrl-C."""
     out, resume = prepare_output(args, ranks)
     train_records, eval_records, reports = data.load_records(
         args.dataset_args, args.seed, text_field=args.text_field, skip_bad_records=args.skip_bad_records
@@ -477,98 +330,122 @@ def train(args, ranks: Ranks) -> None:
     dataset = Data(args, tokenizer, train_records, eval_records, ranks)
     if args.method == "editflow":
         prepare_source(model, dataset, resume)
-    loss_of = loss_function(args, model, tokenizer, ranks.device)
 
     group = args.gradient_accumulation_steps * ranks.world  # micro-batches per step
     steps = args.max_steps or math.ceil(args.num_train_epochs * len(dataset.epoch(0)) / group)
-    every = {
-        k: max(1, int(v if v >= 1 else v * steps)) for k, v in (("eval", args.eval_steps), ("save", args.save_steps))
-    }
+    eval_every, save_every = (max(1, int(n if n >= 1 else n * steps)) for n in (args.eval_steps, args.save_steps))
     if args.eval_strategy == "epoch":
-        every["eval"] = max(1, len(dataset.epoch(0)) // group)
+        eval_every = max(1, len(dataset.epoch(0)) // group)
 
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=args.learning_rate, betas=(0.9, args.adam_beta2), fused=True,
-    )  # fmt: skip
-    step = 0
+    state = {"step": 0}
     if resume:
-        state = json.loads((resume / "train_state.json").read_text())
-        step = state["step"]
-        if step >= steps:
-            ranks.say(f"{out} is finished, at step {step} of {steps}; for a new run choose another --output_dir")
+        state = json.loads((resume / STATE).read_text())
+        if state["step"] > steps or (state["step"] == steps and resume.name == "checkpoint-final"):
+            done = f"{out} is finished, at step {state['step']} of {steps}"
+            ranks.say(f"{done}; for a new run choose another --output_dir")
             return 0
         changed = {k: v for k, v in vars(args).items() if k in state["args"] and state["args"][k] != v}
         if changed:
             ranks.say("changed since the checkpoint was written: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
-        restore_optimizer(resume, model, optimizer)
-        ranks.say(f"continuing {resume} at step {step} of {steps}")
+        ranks.say(f"continuing {resume} at step {state['step']} of {steps}")
+
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
+    if args.lora:
+        size += f", {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f}M of them trained"
     if args.compile:
         for layer in model.model.layers:
             layer.compile(dynamic=True)
     module = LossModule(model)
-    ddp = module
-    if ranks.world > 1:
-        ddp = DistributedDataParallel(module, device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None)
+    call = parallel.distribute(module, args.parallel, ranks, args.reshard_after_forward)
+    optimizer = parallel.adamw(
+        model, args.parallel, ranks, lr=args.learning_rate, beta2=args.adam_beta2, weight_decay=args.weight_decay
+    )
+    if resume:
+        with models.open_tensors(resume / "optimizer.safetensors") as moments:
+            parallel.restore_moments(model, optimizer, moments)
+    loss_of = loss_function(args, module, tokenizer, ranks.device)
+    trained = [p for p in model.parameters() if p.requires_grad]
     clear_output(out, args, ranks)
-    log = Log(out, step, args, ranks)
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
-    size += f", {sum(p.numel() for p in trained) / 1e6:.1f}M of them trained" if args.lora else ""
-    ranks.say(f"{args.method}, {size}, {steps} steps on {ranks.world} x {ranks.device.type}")
+    log = Log(out, state, args, ranks)
+    mode = f", {args.parallel}" if ranks.world > 1 else ""
+    ranks.say(f"{args.method}, {size}, {steps} steps on {ranks.world} x {ranks.device.type}{mode}")
+
+    def save(name: str) -> Path:
+        state = {"step": step, "log": log.state()}
+        return save_checkpoint(out, name, model, tokenizer, optimizer, state, args, ranks)
 
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.bf16)
+    stop, step = StopSignal(ranks), state["step"]
     stream = dataset.stream(step * group)
-    stop = StopSignal()
     pause = 0.2 if sys.stderr.isatty() else 20  # seconds between updates of the bar: a log file wants few
     with tqdm(total=steps, initial=step, disable=not ranks.is_main, unit="step", mininterval=pause) as bar:
-        while step < steps:
-            for g in optimizer.param_groups:
-                g["lr"] = learning_rate(step, steps, args)
-            batches = [next(stream) for _ in range(group)][ranks.rank :: ranks.world]
-            for m, examples in enumerate(batches):
-                key = (args.seed, step, m * ranks.world + ranks.rank)
-                torch.manual_seed(seeded(*key).initial_seed())  # for dropout
-                last = m == len(batches) - 1
-                with contextlib.nullcontext() if last or ranks.world == 1 else ddp.no_sync(), autocast:
-                    loss, parts = loss_of(ddp, examples, key, step / steps)
-                (loss / len(batches)).backward()
-                log.add({"loss": loss.detach(), **parts}, sum(len(e) for e in examples))
-            norm = nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            bar.update()
-            log.add({"grad_norm": norm})
-            if step % args.logging_steps == 0 or step == steps:
-                bar.set_postfix(log.write(step, optimizer.param_groups[0]["lr"]), refresh=False)
-            if args.eval_strategy != "no" and dataset.eval and (step % every["eval"] == 0 or step == steps):
-                with autocast:
-                    log.write_eval(step, evaluate(loss_of, ddp, dataset.eval, args, ranks))
-                    show_samples(model, tokenizer, dataset.eval, args, ranks)
-            stopping = ranks.any(stop.requested)
-            if (step % every["save"] == 0 and step < steps) or (stopping and step < steps):
-                save_checkpoint(out, str(step), module, tokenizer, optimizer, step, args, ranks)
-            if stopping and step < steps:
-                ranks.say(f"stopped at step {step}; saved in {out}/checkpoint-{step}; {again(args)} goes on from there")
-                return stop.status
-    save_checkpoint(out, "final", module, tokenizer, optimizer, step, args, ranks)
-    ranks.say(f"saved in {out}/checkpoint-final")
+        try:
+            while True:
+                is_time = step and (step % eval_every == 0 or step == steps)
+                if is_time and args.eval_strategy != "no" and dataset.eval and log.last_eval < step:
+                    with autocast:
+                        log.write_eval(step, evaluate(loss_of, module, dataset.eval, args, ranks, stop))
+                        show_samples(module, tokenizer, dataset.eval, args, ranks)
+                if step == steps:
+                    break
+                if step and step % save_every == 0:
+                    save(str(step))
+
+                for g in optimizer.param_groups:
+                    g["lr"] = learning_rate(step, steps, args)
+                batches = [next(stream) for _ in range(group)][ranks.rank :: ranks.world]
+                parts, tokens = [], 0
+                for m, examples in enumerate(batches):
+                    stop.check()
+                    key = (args.seed, step, m * ranks.world + ranks.rank)
+                    torch.manual_seed(seeded(*key).initial_seed())  # for dropout
+                    with parallel.accumulating(call, last=m == len(batches) - 1):
+                        with autocast:
+                            loss, metrics = loss_of(call, examples, key, step / steps)
+                        (loss / len(batches)).backward()
+                    parts.append({"loss": loss.detach(), **metrics})
+                    tokens += sum(len(e) for e in examples)
+                norm = parallel.clip_gradients(trained, args.max_grad_norm)
+                finite = all(math.isfinite(x) for x in [float(norm), *(float(p["loss"]) for p in parts)])
+                if ranks.most(not finite):
+                    log.skip(step, parts, batches, tokenizer)
+                else:
+                    optimizer.step()
+                    log.add(parts, tokens, norm)
+                optimizer.zero_grad(set_to_none=True)
+                step += 1
+                bar.update()
+                if step % args.logging_steps == 0 or step == steps:
+                    bar.set_postfix(log.write(step, optimizer.param_groups[0]["lr"]), refresh=False)
+        except Stopped:
+            optimizer.zero_grad(set_to_none=True)  # of a step half done; it is done again
+            saved = save(str(step))
+            ranks.say(f"stopped at step {step}; saved in {saved}; {again(args)} goes on from there")
+            return stop.status
+        ranks.say(f"saved in {save('final')}")
     return 0
 
 
-class StopSignal:
-    """Ctrl-C and SIGTERM end the run at the next step, after saving. A second Ctrl-C ends it at once."""
+class Stopped(Exception):
+    """All processes agreed to save and stop."""
 
-    def __init__(self):
-        self.requested, self.status = False, 0
+
+class StopSignal:
+    """Ctrl-C and SIGTERM end the run before the next micro-batch, after saving. A second Ctrl-C ends it at once."""
+
+    def __init__(self, ranks: Ranks):
+        self.requested, self.status, self.ranks = False, 0, ranks
         signal.signal(signal.SIGTERM, self.receive)
         signal.signal(signal.SIGINT, self.receive)
 
     def receive(self, number, frame):
         self.requested, self.status = True, 130 if number == signal.SIGINT else 0
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def check(self) -> None:
+        """Raises Stopped on all processes as soon as one has been asked to stop. All must call it equally often."""
+        if self.ranks.most(self.requested):
+            raise Stopped
 
 
 def prepare_source(model, dataset: Data, resume: Path | None) -> None:
@@ -597,7 +474,7 @@ def unigram(examples: list, vocab_size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(loss_of, module, examples: list, args, ranks: Ranks) -> dict[str, float]:
+def evaluate(loss_of, module: LossModule, examples: list, args, ranks: Ranks, stop: StopSignal) -> dict[str, float]:
     """Mean loss on the held-out examples. The noise depends on the batch number alone, so that figures compare.
 
     Batches that are computed at the same time share the choices of a rollout, as in training; so groups of 8 do (or of
@@ -609,93 +486,143 @@ def evaluate(loss_of, module, examples: list, args, ranks: Ranks) -> dict[str, f
     world = ranks.world
     group, rounds = -(-8 // world) * world, -(-len(batches) // world)
     for i in range(ranks.rank, rounds * world, world):
+        stop.check()
         batch, counted = (batches[i], True) if i < len(batches) else (batches[0], False)
-        loss, parts = loss_of(module.module if world > 1 else module, batch, (0, i // group, i), 1.0)
+        loss, parts = loss_of(module, batch, (0, i // group, i), 1.0)
         for name, value in {"loss": loss, **parts}.items() if counted else ():
             sums[name] = sums.get(name, 0.0) + float(value) * len(batch)
             counts[name] = counts.get(name, 0) + len(batch)
-    module.train()
+    settle(module)
     return {f"eval_{name}": value for name, value in ranks.mean(sums, counts).items()}
 
 
-def show_samples(model, tokenizer, examples: list, args, ranks: Ranks) -> None:
+def settle(module: LossModule) -> None:
+    """Back to training, and what a forward pass without a backward pass left gathered is sharded again."""
+    module.train()
+    if hasattr(module, "reshard"):
+        module.reshard()
+
+
+def show_samples(module: LossModule, tokenizer, examples: list, args, ranks: Ranks) -> None:
     """A few held-out prompts answered: the loss says how well it learns, the texts say what."""
-    if not args.eval_samples or not ranks.is_main:
-        return
-    model.eval()
+    if not args.eval_samples or not (ranks.is_main or hasattr(module, "reshard")):
+        return  # a sharded model answers on all processes or not at all; they all compute the same
+    module.eval()
     chosen = examples[: args.eval_samples]
-    prompts = [e.prompt for e in chosen]
+    texts = module(decode_samples, chosen, args, tokenizer)
+    for e, text in zip(chosen, texts):
+        ranks.say(f"  | {tokenizer.decode(e.prompt)!r} -> {tokenizer.decode(text)!r}")
+    settle(module)
+
+
+def decode_samples(model, examples: list, args, tokenizer) -> list[list[int]]:
+    prompts = [e.prompt for e in examples]
     if args.method == "editflow":
         start, rng = editflow.source(model.config.nanoedit["x0_sampler"]), seeded(0)
-        x0 = [start.draw(e.draft, tokenizer.mask_id, getattr(model, "unigram", None), rng) for e in chosen]
-        texts = [s.response for s in editflow.sample(model, prompts, x0=x0, steps=50)]
-    else:
-        longest = max(len(e.response) for e in chosen)
-        decoded = medlm.decode(
-            model,
-            prompts,
-            medlm.special_tokens(tokenizer),
-            init_num=longest,
-            mask_diffusion_step=-(-longest // 4),
-            edit_diffusion_step=4,
-        )
-        texts = [d.response for d in decoded]
-    for prompt, text in zip(prompts, texts):
-        ranks.say(f"  | {tokenizer.decode(prompt)!r} -> {tokenizer.decode(text)!r}")
-    model.train()
+        x0 = [start.draw(e.draft, tokenizer.mask_id, getattr(model, "unigram", None), rng) for e in examples]
+        return [s.response for s in editflow.sample(model, prompts, x0=x0, steps=50)]
+    longest = max(len(e.response) for e in examples)
+    passes = {"init_num": longest, "mask_diffusion_step": -(-longest // 4), "edit_diffusion_step": 4}
+    return [d.response for d in medlm.decode(model, prompts, medlm.special_tokens(tokenizer), **passes)]
 
 
 class Log:
-    """metrics.jsonl: one JSON object per logging step, means since the last one; tensorboard on request."""
+    """metrics.jsonl: one JSON object per logging step, means since the last one; tensorboard on request.
 
-    def __init__(self, out: Path, step: int, args, ranks: Ranks):
+    Steps whose loss or gradient is not finite are counted here too; too many in a row end the run.
+    """
+
+    PATIENCE = 10  # steps in a row without a finite loss and gradient
+
+    def __init__(self, out: Path, state: dict, args, ranks: Ranks):
         self.file, self.ranks = out / "metrics.jsonl", ranks
+        lines = trim_metrics(self.file, state["step"]) if ranks.is_main else []
+        self.start = time.monotonic() - max((line.get("seconds", 0.0) for line in lines), default=0.0)
+        evaluated = [line["step"] for line in lines if "eval_loss" in line]
+        self.last_eval = ranks.most(max(evaluated, default=0))
         self.board = None
-        spent = 0.0
-        if ranks.is_main:
-            spent = trim_metrics(self.file, step)
-            if args.report_to == "tensorboard":
-                try:
-                    from torch.utils.tensorboard import SummaryWriter
-                except ImportError:
-                    raise ValueError("--report_to tensorboard: run `pip install tensorboard` first") from None
-                self.board = SummaryWriter(out / "tensorboard")
-        self.start = time.monotonic() - spent
+        if ranks.is_main and args.report_to == "tensorboard":
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("--report_to tensorboard: run `pip install tensorboard` first") from None
+            self.board = SummaryWriter(out / "tensorboard", purge_step=state["step"] + 1)
         self.reset()
+        stored = state.get("log", {"skipped": 0, "skipped_in_a_row": 0, "sums": [], "counts": []})
+        self.skipped, self.skipped_in_a_row = stored["skipped"], stored["skipped_in_a_row"]
+        if len(stored["sums"]) == ranks.world:
+            self.sums, self.counts = stored["sums"][ranks.rank], stored["counts"][ranks.rank]
+        elif ranks.is_main:  # the checkpoint of another number of processes
+            for mine, theirs in ((self.sums, stored["sums"]), (self.counts, stored["counts"])):
+                for name in dict.fromkeys(name for d in theirs for name in d):
+                    mine[name] = sum(d.get(name, 0) for d in theirs)
+
+    def state(self) -> dict:
+        """What the next line of metrics.jsonl depends on, for a checkpoint. All processes must ask."""
+        sums = self.ranks.gather({name: float(total) for name, total in self.sums.items()})
+        counts = self.ranks.gather(self.counts)
+        return {
+            "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "sums": sums, "counts": counts
+        }  # fmt: skip
 
     def reset(self) -> None:
         self.sums, self.counts, self.tokens, self.since = {}, {}, 0, time.monotonic()
 
-    def add(self, parts: dict, tokens: int = 0) -> None:
-        for name, value in parts.items():
-            self.sums[name] = self.sums.get(name, 0) + value  # tensors stay on the device until they are written
-            self.counts[name] = self.counts.get(name, 0) + 1
+    def add(self, micro_batches: list[dict], tokens: int, grad_norm) -> None:
+        """A step: the metrics of its micro-batches. Tensors stay on their device until they are written."""
+        for metrics in [*micro_batches, {"grad_norm": grad_norm}]:
+            for name, value in metrics.items():
+                self.sums[name] = self.sums.get(name, 0) + value
+                self.counts[name] = self.counts.get(name, 0) + 1
         self.tokens += tokens
+        self.skipped_in_a_row = 0
+
+    def skip(self, step: int, micro_batches: list[dict], batches: list, tokenizer) -> None:
+        """A step that was not made. Raises ValueError after too many in a row, with the batch saved."""
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        losses = [float(metrics["loss"]) for metrics in micro_batches]
+        self.ranks.say(
+            f"step {step + 1} skipped: loss or gradient not finite (losses {', '.join(f'{x:.3g}' for x in losses)}; "
+            f"{self.skipped} skipped so far)"
+        )
+        if self.skipped_in_a_row < self.PATIENCE:
+            return
+        file = self.file.with_name(f"not-finite-step-{step + 1}-rank-{self.ranks.rank}.json")
+        examples = [
+            {"micro_batch": m, "loss": str(loss), "text": tokenizer.decode(e.prompt + e.response, skip_special=False)}
+            | vars(e)
+            for m, (loss, batch) in enumerate(zip(losses, batches))
+            for e in batch
+        ]
+        file.write_text(json.dumps(examples, indent=1, ensure_ascii=False), encoding="utf-8")
+        self.ranks.barrier()
+        raise ValueError(
+            f"loss or gradient was not finite in {self.PATIENCE} steps in a row; the examples of the last one are in "
+            f"{file}; lower --learning_rate or --max_grad_norm, or look for what is odd in the data"
+        )
 
     def write(self, step: int, lr: float) -> dict:
         means = self.ranks.mean({name: float(total) for name, total in self.sums.items()}, self.counts)
         speed = self.tokens * self.ranks.world / (time.monotonic() - self.since)
-        self.append(
-            {
-                "step": step,
-                **means,
-                "lr": lr,
-                "tokens_per_s": round(speed),
-                "seconds": round(time.monotonic() - self.start, 1),
-            }
-        )
+        skipped = {"skipped_steps": self.skipped} if self.skipped else {}
+        measured = {"tokens_per_s": round(speed), "seconds": round(time.monotonic() - self.start, 1)}
+        self.append({"step": step, **means, "lr": lr, **skipped, **measured})
         self.reset()
-        return {"loss": f"{means.get('loss', 0):.3f}", "lr": f"{lr:.1e}", "tok/s": f"{speed:.0f}"}
+        shown = {"loss": f"{means.get('loss', math.nan):.3f}", "lr": f"{lr:.1e}", "tok/s": f"{speed:.0f}"}
+        return shown | {name: str(n) for name, n in skipped.items()}
 
     def write_eval(self, step: int, values: dict) -> None:
         self.append({"step": step, **values})
         self.ranks.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
-        self.since = time.monotonic()
+        self.last_eval, self.since = step, time.monotonic()
 
     def append(self, record: dict) -> None:
         if self.ranks.is_main:
-            with open(self.file, "a", encoding="utf-8") as f:
-                f.write(json.dumps(record) + "\n")
+            try:
+                with open(self.file, "a", encoding="utf-8") as f:
+                    f.write(json.dumps(record) + "\n")
+            except OSError as e:
+                raise OSError(f"{self.file}: cannot be written to ({e.strerror or e})") from e
             if self.board:
                 for name, value in record.items():
                     self.board.add_scalar(name, value, record["step"])
@@ -703,12 +630,8 @@ class Log:
 
 def main(argv=None):
     args = parse_args(argv)
-    ranks = Ranks()
-    try:
+    with Ranks() as ranks:
         return train(args, ranks)
-    finally:
-        if ranks.world > 1:
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

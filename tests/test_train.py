@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoints
 import cli
 import data
 import medlm
@@ -321,7 +322,7 @@ def test_a_run_killed_at_once_goes_on_from_its_last_checkpoint(tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         run("editflow", parts, flags)
     undo()
-    assert [c.name for c in train.checkpoints(parts)] == ["checkpoint-3"]
+    assert [c.name for c in checkpoints.checkpoints(parts)] == ["checkpoint-3"]
     with open(parts / "metrics.jsonl", "a") as f:
         f.write('{"step": 6, "lo')  # the line that was being written
     run("editflow", parts, flags)
@@ -347,7 +348,7 @@ def full_disk():
 @pytest.mark.parametrize("where", ["model", "optimizer"])
 def test_a_save_that_fails_leaves_the_older_checkpoint_whole(where, tmp_path, monkeypatch, full_disk):
     flags = "--max_steps 6 --save_steps 2 --save_total_limit 1"
-    owner, name = {"model": (models, "save"), "optimizer": (train, "save_file")}[where]
+    owner, name = {"model": (models, "save"), "optimizer": (checkpoints, "save_file")}[where]
     save, calls = getattr(owner, name), []
 
     def second_fails(*args):
@@ -357,16 +358,16 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_whole(where, tmp_path, mo
     monkeypatch.setattr(owner, name, second_fails)
     with pytest.raises(OSError, match=f"{tmp_path}/checkpoint-4: cannot be saved .*the same command goes on"):
         run("editflow", tmp_path, flags)
-    assert [c.name for c in train.checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert [c.name for c in checkpoints.checkpoints(tmp_path)] == ["checkpoint-2"]
     models.load(tmp_path)
     run("editflow", tmp_path, flags)
-    assert [c.name for c in train.checkpoints(tmp_path)] == ["checkpoint-final"]
+    assert [c.name for c in checkpoints.checkpoints(tmp_path)] == ["checkpoint-final"]
     assert not list(tmp_path.glob(".writing*"))
 
 
 def test_only_so_many_checkpoints_are_kept(tmp_path):
     run("editflow", tmp_path, "--max_steps 6 --save_steps 1 --save_total_limit 2 --eval_strategy no")
-    assert [c.name for c in train.checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-final"]
+    assert [c.name for c in checkpoints.checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-final"]
 
 
 def test_a_finished_run_is_not_trained_further_unless_overwritten(tmp_path):
@@ -425,7 +426,7 @@ def test_ctrl_c_and_errors_as_the_shell_sees_them(tmp_path):
     _, err = run.communicate(timeout=120)
     assert run.returncode == 130, err
     assert "Traceback" not in err
-    (saved,) = train.checkpoints(out)
+    (saved,) = checkpoints.checkpoints(out)
     assert f"saved in {saved}" in err
     assert models.load(out).config.nanoedit["method"] == "editflow"
 
