@@ -163,6 +163,28 @@ def clip_gradients(parameters: list, max_norm: float) -> Tensor:
     return whole(nn.utils.clip_grad_norm_(parameters, max_norm))
 
 
+def lead(model: nn.Module, ranks: Ranks, function):
+    """function() on rank 0, whose forward passes all processes make together: for work in which nobody can say
+    beforehand how many it takes, with a model that no process has whole. Returns None on the others."""
+
+    def announce(inputs):
+        shared = [inputs]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0] and [z.to(ranks.device) for z in shared[0]]
+
+    if not ranks.is_main:
+        with torch.no_grad():
+            while inputs := announce(None):
+                model(*inputs)
+        return None
+    hook = model.register_forward_pre_hook(lambda _, inputs: tuple(announce(inputs)))
+    try:
+        return function()
+    finally:
+        hook.remove()
+        announce(None)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor put together (all processes must ask); any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

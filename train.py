@@ -505,17 +505,20 @@ def settle(module: LossModule) -> None:
 
 def show_samples(module: LossModule, tokenizer, examples: list, args, ranks: Ranks) -> None:
     """A few held-out prompts answered: the loss says how well it learns, the texts say what."""
-    if not args.eval_samples or not (ranks.is_main or hasattr(module, "reshard")):
-        return  # a sharded model answers on all processes or not at all; they all compute the same
+    is_sharded = hasattr(module, "reshard")
+    if not args.eval_samples or not (ranks.is_main or is_sharded):
+        return
     module.eval()
     chosen = examples[: args.eval_samples]
-    texts = module(decode_samples, chosen, args, tokenizer)
-    for e, text in zip(chosen, texts):
+    texts = module(decode_samples, chosen, args, tokenizer, ranks if is_sharded else None)
+    for e, text in zip(chosen, texts or []):
         ranks.say(f"  | {tokenizer.decode(e.prompt)!r} -> {tokenizer.decode(text)!r}")
     settle(module)
 
 
-def decode_samples(model, examples: list, args, tokenizer) -> list[list[int]]:
+def decode_samples(model, examples: list, args, tokenizer, together: Ranks | None = None) -> list[list[int]]:
+    if together:
+        return parallel.lead(model, together, lambda: decode_samples(model, examples, args, tokenizer))
     prompts = [e.prompt for e in examples]
     if args.method == "editflow":
         start, rng = editflow.source(model.config.nanoedit["x0_sampler"]), seeded(0)
@@ -570,7 +573,8 @@ class Log:
 
     def add(self, micro_batches: list[dict], tokens: int, grad_norm) -> None:
         """A step: the metrics of its micro-batches. Tensors stay on their device until they are written."""
-        for metrics in [*micro_batches, {"grad_norm": grad_norm}]:
+        norm = [{"grad_norm": grad_norm}] if self.ranks.is_main else []  # of all processes together: counted once
+        for metrics in micro_batches + norm:
             for name, value in metrics.items():
                 self.sums[name] = self.sums.get(name, 0) + value
                 self.counts[name] = self.counts.get(name, 0) + 1

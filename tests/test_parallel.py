@@ -1,0 +1,240 @@
+"""Many processes compute what one does, in every mode, and none waits for another."""
+
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from fleet import Fleet, forkserver, metrics, run
+from safetensors.torch import load_file
+
+import parallel
+
+TOY = "--dataset_args toy[train:64,test:7] --max_length 64 --learning_rate 1e-3 --logging_steps 1 --eval_samples 1 "
+KINDS = {
+    "editflow": "--method editflow --x0_sampler masks[length:8] --per_device_train_batch_size 4",
+    "mask": "--method medlm --pad_len 8 --per_device_train_batch_size 2 --loss_norm bound",
+    "rollout": (
+        "--method medlm --pad_len 8 --per_device_train_batch_size 2 --intermediate_ratio 1 --max_diffusion_steps 4 "
+        "--min_t 0.1"
+    ),
+}
+MODES = {
+    "ddp": "--parallel ddp",
+    "zero1": "--parallel zero1",
+    "fsdp": "--parallel fsdp",
+    "zero2": "--parallel fsdp --reshard_after_forward False",
+}
+
+
+def same(a: list[dict], b: list[dict], tolerance=1e-4) -> None:
+    assert [line["step"] for line in a] == [line["step"] for line in b]
+    for one, other in zip(a, b):
+        assert one == pytest.approx(other, rel=tolerance, abs=1e-7)
+
+
+# ---------------------------------------------------------------------------------------------------- the same figures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_1_2_and_4_processes_have_the_same_losses(kind, tmp_path):
+    flags = f"{TOY} {KINDS[kind]} --max_steps 20 --eval_steps 10 --per_device_eval_batch_size 3"
+    run(f"{flags} --gradient_accumulation_steps 4", tmp_path / "one")
+    expected = metrics(tmp_path / "one")
+    assert len(expected) == 22
+    for mode, more in MODES.items():
+        for world in (2, 4):
+            out = tmp_path / f"{mode}{world}"
+            run(f"{flags} {more} --gradient_accumulation_steps {4 // world}", out, world)
+            same(metrics(out), expected)
+            a, b = (load_file(path / "checkpoint-final/model.safetensors") for path in (out, tmp_path / "one"))
+            assert max((a[k] - b[k]).abs().max() for k in b) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["zero1", "fsdp"])
+def test_lora_and_checkpointing_change_nothing_about_it(mode, tmp_path):
+    run(f"{TOY} {KINDS['mask']} --max_steps 2", tmp_path / "base")
+    flags = f"{TOY} {KINDS['mask']} --max_steps 8 --model_name_or_path {tmp_path}/base --lora --lora_r 4"
+    flags += " --gradient_checkpointing --lora_dropout 0.3"
+    run(f"{flags} --gradient_accumulation_steps 2", tmp_path / "one")
+    run(f"{flags} {MODES[mode]}", tmp_path / "two", 2)
+    same(metrics(tmp_path / "two"), metrics(tmp_path / "one"))
+    a, b = (load_file(tmp_path / run / "checkpoint-final/adapter_model.safetensors") for run in ("one", "two"))
+    assert max((a[k] - b[k]).abs().max() for k in b) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_bf16_runs_in_every_mode(mode, tmp_path):
+    run(f"{TOY} {KINDS['editflow']} {MODES[mode]} --bf16 --max_steps 3", tmp_path / "out", 2)
+    assert all(0 < line["loss"] < 100 for line in metrics(tmp_path / "out") if "loss" in line)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    flags = f"{TOY} {KINDS['rollout']} --max_steps 12 --save_steps 6 --logging_steps 4 --save_total_limit 9"
+    run(f"{flags} --parallel zero1 --gradient_accumulation_steps 2", tmp_path / "two", 2)
+    for world, mode in ((1, "ddp"), (4, "fsdp"), (4, "zero1")):
+        out = tmp_path / f"{mode}{world}"
+        shutil.copytree(tmp_path / "two", out)
+        shutil.rmtree(out / "checkpoint-final")
+        run(f"{flags} --parallel {mode} --gradient_accumulation_steps {4 // world}", out, world)
+        same(metrics(out), metrics(tmp_path / "two"))
+
+
+# ---------------------------------------------------------------------------------------------------- exchanges
+
+
+def exchanges(rank, directory, mode, micro_batches):
+    """Writes how many times gradients are exchanged in a step of so many micro-batches."""
+    import models
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
+    ranks = parallel.Ranks.__new__(parallel.Ranks)
+    ranks.rank, ranks.world, ranks.device = rank, 2, torch.device("cpu")
+    module = parallel.LossModule(models.build("editflow", "tiny", 50))
+    call = parallel.distribute(module, mode, ranks)
+
+    def loss(model):
+        rope, x = models.rotary(torch.arange(4), 32, 1e4), models.Ragged.pack([[1, 2, 3, 4]])
+        outside = [p for name, p in model.named_parameters() if ".layers." not in name]
+        blocks = [layer(torch.ones(4, 128), rope, x) for layer in model.model.layers]
+        return sum((y * y).sum() for y in outside + blocks)
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for m in range(micro_batches):
+            with parallel.accumulating(call, last=m == micro_batches - 1):
+                call(loss).backward()
+    names = [event.name for event in profile.events()]
+    counted = sum("allreduce" in name or "reduce_scatter" in name for name in names if name.startswith("c10d::"))
+    if rank == 0:
+        (directory / f"{mode}-{micro_batches}").write_text(str(counted))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", parallel.MODES)
+def test_accumulation_exchanges_gradients_once_a_step(mode, tmp_path):
+    for n in (1, 4):
+        processes = [forkserver.Process(target=exchanges, args=(r, tmp_path, mode, n)) for r in range(2)]
+        for p in processes:
+            p.start()
+        for p in processes:
+            p.join(60)
+            assert p.exitcode == 0
+        (tmp_path / "meet").unlink(missing_ok=True)
+    one, four = (int((tmp_path / f"{mode}-{n}").read_text()) for n in (1, 4))
+    assert one == four > 0
+
+
+# ---------------------------------------------------------------------------------------------------- disagreement
+
+
+def uneven_texts(rank):
+    """One rank's drafts need one pass and are right; the others start from nothing but masks, and never finish."""
+    import medlm
+
+    draw_masks, propose_edits = medlm.draw_masks, medlm.propose_edits
+
+    def draw(x, first, t, generator):
+        rows = draw_masks(x, first, t * 0 + 1, generator)
+        return rows[:1] if rank == 1 else rows
+
+    def propose(model, x, first, active, tokens, room, max_edits):
+        (op, sub, ins), doubt = propose_edits(model, x, first, active, tokens, room, max_edits)
+        return ((op * 0, sub, ins * 0 - 1) if rank == 1 else (op, sub, ins)), doubt
+
+    medlm.draw_masks, medlm.propose_edits = draw, propose
+
+
+def not_finite_on_rank_1(rank):
+    import medlm
+
+    mask_loss, calls = medlm.mask_loss, []
+
+    def loss(*args):
+        calls.append(1)
+        value, parts = mask_loss(*args)
+        return (value * float("nan") if rank == 1 and len(calls) == 3 else value), parts
+
+    medlm.mask_loss = loss
+
+
+def out_of_memory_on_rank_1(rank):
+    import medlm
+
+    mask_loss, calls = medlm.mask_loss, []
+
+    def loss(*args):
+        calls.append(1)
+        if rank == 1 and len(calls) == 3:
+            raise MemoryError("rank 1 is full")
+        return mask_loss(*args)
+
+    medlm.mask_loss = loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_ranks_that_disagree_on_every_count_finish(mode, tmp_path):
+    """Masks, fill passes, edit passes, tokens, held-out batches (5 for 4 processes) and the last batch all differ."""
+    flags = f"{TOY} {KINDS['rollout']} {MODES[mode]} --per_device_train_batch_size 1 --max_steps 8 --eval_steps 4"
+    flags += " --dataset_args toy[train:61,test:5] --per_device_eval_batch_size 1 --max_diffusion_steps 6"
+    run(flags, tmp_path / "out", 4, uneven_texts)
+    assert [line["step"] for line in metrics(tmp_path / "out")] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(mode, tmp_path):
+    out = tmp_path / "out"
+    run(f"{TOY} {KINDS['mask']} {MODES[mode]} --max_steps 5 --eval_strategy no", out, 2, not_finite_on_rank_1)
+    lines = metrics(out)
+    assert [line.get("skipped_steps", 0) for line in lines] == [0, 0, 1, 1, 1]
+    assert "loss" not in lines[2]
+    assert all(line["loss"] > 0 for line in lines[3:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(mode, tmp_path):
+    out = tmp_path / "out"
+    fleet = Fleet(f"{TOY} {KINDS['mask']} {MODES[mode]} --max_steps 100000 --eval_strategy no", out, 2)
+    while not (out / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    start = time.monotonic()
+    fleet.kill(1, signal.SIGTERM)
+    assert fleet.wait(10) == [0, 0], fleet.said()
+    assert time.monotonic() - start < 10
+    assert "stopped at step" in fleet.logs[0].read_text()
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_ends_all_and_is_the_one_shown(tmp_path):
+    fleet = Fleet(f"{TOY} {KINDS['mask']} --max_steps 50", tmp_path / "out", 2, out_of_memory_on_rank_1)
+    assert fleet.wait(30) == [1, 1]
+    assert fleet.logs[1].read_text().splitlines()[-1] == "train.py: error: rank 1: rank 1 is full"
+    last = fleet.logs[0].read_text().splitlines()[-1]
+    assert last == "rank 0 ends, because another process did", fleet.said()
+    assert "Traceback" not in fleet.said()
+
+
+@pytest.mark.slow
+def test_an_error_that_all_ranks_meet_is_said_once(tmp_path):
+    fleet = Fleet("--method editflow --dataset_args nowhere.jsonl", tmp_path / "out", 4)
+    assert fleet.wait(30) == [1] * 4
+    assert sum("nowhere.jsonl" in log.read_text() for log in fleet.logs) == 1
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_takes_the_others_with_it(tmp_path):
+    out = tmp_path / "out"
+    fleet = Fleet(f"{TOY} {KINDS['mask']} --max_steps 100000 --eval_strategy no", out, 3)
+    while not (out / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    fleet.kill(2)
+    assert fleet.wait(20) == [1, 1, -signal.SIGKILL], fleet.said()
