@@ -4,6 +4,7 @@ The processes are forked off a server that has torch loaded, so that one starts 
 torchrun: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are all that it sets for them.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -58,7 +59,8 @@ class Fleet:
 
     def kill(self, rank: int | None = None, number=signal.SIGKILL) -> None:
         for p in self.processes if rank is None else [self.processes[rank]]:
-            os.kill(p.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(p.pid, number)
 
     def wait(self, seconds: float = 120) -> list[int]:
         """Exit statuses. Processes that are still there after so many seconds are killed and reported."""

@@ -1,0 +1,244 @@
+"""A run may be killed at any moment: restarted with the same command, it goes on as if nothing had happened."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from fleet import Fleet, metrics, run
+from safetensors.torch import load_file
+
+import checkpoints
+
+TOY = "--dataset_args toy[train:64,test:7] --max_length 64 --learning_rate 1e-3 --eval_samples 0 --max_steps 50"
+OFTEN = "--logging_steps 3 --eval_steps 10 --save_steps 4"  # so that a checkpoint often falls between two lines
+KINDS = {
+    "editflow": f"{TOY} {OFTEN} --method editflow --x0_sampler masks[length:8] --per_device_train_batch_size 4",
+    "medlm": (
+        f"{TOY} {OFTEN} --method medlm --pad_len 8 --per_device_train_batch_size 2 --intermediate_ratio 0.5 "
+        "--max_diffusion_steps 3 --min_t 0.1"
+    ),
+}
+
+
+def slow_disk(rank):
+    """Long enough saves that some are hit."""
+    sync = checkpoints.sync
+
+    def slowly(path):
+        time.sleep(0.03)
+        sync(path)
+
+    checkpoints.sync = slowly
+
+
+def wait_until(condition, fleet, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, fleet.said()
+        if not any(p.is_alive() for p in fleet.processes):
+            return
+        time.sleep(0.002)
+
+
+def logged(out):
+    """Lines of metrics.jsonl."""
+    file = out / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "world", "mode", "more"),
+    [
+        ("editflow", 1, "ddp", ""),
+        ("medlm", 1, "ddp", "--gradient_accumulation_steps 2"),
+        ("editflow", 2, "ddp", ""),
+        ("medlm", 2, "zero1", ""),
+        ("editflow", 2, "fsdp", "--gradient_accumulation_steps 2"),
+        ("medlm", 2, "fsdp", ""),
+    ],
+)
+def test_kill_9_at_any_moment_changes_nothing(kind, world, mode, more, tmp_path):
+    flags = f"{KINDS[kind]} --parallel {mode} {more}"
+    run(flags, tmp_path / "undisturbed", world, slow_disk)
+    out, rng, kills, during_save = tmp_path / "killed", random.Random(world), 0, 0
+    for attempt in range(4):
+        fleet = Fleet(flags, out, world, slow_disk)
+        if attempt % 2:  # while a checkpoint is being written
+            wait_until(lambda: list(out.glob(".writing-*")) or list(out.glob(".deleting-*")), fleet)
+            during_save += bool(list(out.glob(".writing-*")))
+        else:  # at some step of its first ten
+            seen = logged(out)
+            wait_until(lambda seen=seen: logged(out) > seen, fleet)
+            time.sleep(rng.uniform(0, 0.15))
+        fleet.kill(None if attempt < 2 else world - 1)  # all at once, or one alone: the others must follow
+        kills += -signal.SIGKILL in fleet.wait(30)
+    run(flags, out, world, slow_disk)
+    assert kills == 4
+    assert during_save
+    assert metrics(out) == metrics(tmp_path / "undisturbed")
+    a, b = (load_file(path / "checkpoint-final/model.safetensors") for path in (out, tmp_path / "undisturbed"))
+    assert all((a[k] == b[k]).all() for k in b)
+    assert not list(out.glob(".*")), "nothing half written is left behind"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["step", "evaluation"])
+def test_sigterm_saves_within_seconds(moment, tmp_path):
+    """The step would take a minute, and so would the evaluation."""
+    flags = f"{KINDS['editflow']} --logging_steps 1 --eval_steps 3 --per_device_eval_batch_size 1"
+    flags += " --gradient_accumulation_steps 4"
+    run(flags, tmp_path / "undisturbed")
+    out = tmp_path / "out"
+    fleet = Fleet(flags, out, perturb={"step": long_steps, "evaluation": long_evaluation}[moment])
+    wait_until(lambda: logged(out) >= 3, fleet)
+    time.sleep(0.5)
+    begin = time.monotonic()
+    fleet.kill(number=signal.SIGTERM)
+    assert fleet.wait(10) == [0], fleet.said()
+    assert time.monotonic() - begin < 10
+    assert "stopped at step 3" in fleet.said()
+    run(flags, out)
+    assert metrics(out) == metrics(tmp_path / "undisturbed")
+
+
+def long_steps(rank):
+    import editflow
+
+    loss, calls = editflow.loss, []
+
+    def slowly(*args, **kwargs):
+        calls.append(1)
+        time.sleep(2 if len(calls) > 12 + 7 else 0)  # step 4; the evaluation after step 3 has 7 batches
+        return loss(*args, **kwargs)
+
+    editflow.loss = slowly
+
+
+def long_evaluation(rank):
+    import torch
+
+    import editflow
+
+    loss = editflow.loss
+
+    def slowly(*args, **kwargs):
+        time.sleep(0 if torch.is_grad_enabled() else 2)
+        return loss(*args, **kwargs)
+
+    editflow.loss = slowly
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_reaches_the_checkpoint(tmp_path):
+    """As a cluster stops a job: the launcher is told, and tells its processes."""
+    out, root = tmp_path / "out", os.path.dirname(checkpoints.__file__)
+    flags = f"{KINDS['medlm']} --max_steps 9999 --save_steps 9999 --output_dir {out}"
+    launch = "-m torch.distributed.run --nproc_per_node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0"
+    job = subprocess.Popen(
+        [sys.executable, *f"{launch} {root}/train.py {flags}".split()],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    begin = time.monotonic()
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=60)
+    assert time.monotonic() - begin < 10, err
+    assert "stopped at step" in err
+    assert len(checkpoints.checkpoints(out)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_full_disk_ends_the_run_and_spares_the_last_good_checkpoint(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = "--save_total_limit 9 --save_steps 2 --eval_strategy no"
+    flags = f"{KINDS['editflow']} {size}"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True).returncode:
+        pytest.skip("no mount here")
+    try:
+        fleet = Fleet(flags, disk / "out", 2)
+        assert fleet.wait() == [1, 1], fleet.said()
+        error = fleet.logs[0].read_text().splitlines()[-1]
+        assert "No space left on device" in error, fleet.said()
+        assert "goes on from the last checkpoint" in error
+        assert "Traceback" not in fleet.said()
+        saved = checkpoints.checkpoints(disk / "out")
+        assert saved
+        shutil.copytree(disk / "out", tmp_path / "out")
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+    run(flags, tmp_path / "undisturbed", 2)
+    run(flags, tmp_path / "out", 2)  # there is room again
+    assert metrics(tmp_path / "out") == metrics(tmp_path / "undisturbed")
+
+
+# ---------------------------------------------------------------------------------------------------- not finite
+
+
+def never_finite(rank):
+    import editflow
+
+    loss, calls = editflow.loss, []
+
+    def after_five(*args, **kwargs):
+        calls.append(1)
+        value, parts = loss(*args, **kwargs)
+        return (value / 0 if len(calls) > 5 else value), parts
+
+    editflow.loss = after_five
+
+
+@pytest.mark.slow
+def test_ten_steps_in_a_row_that_are_not_finite_end_the_run_and_the_batch_is_saved(tmp_path):
+    out = tmp_path / "out"
+    fleet = Fleet(f"{KINDS['editflow']} --logging_steps 1 --eval_strategy no --save_steps 5", out, perturb=never_finite)
+    assert fleet.wait() == [1]
+    error = fleet.said().splitlines()[-1]
+    file = out / "not-finite-step-15-rank-0.json"
+    assert "not finite in 10 steps in a row" in error
+    assert str(file) in error
+    assert fleet.said().count("skipped: loss or gradient not finite") == 10
+    examples = json.loads(file.read_text())
+    assert len(examples) == 4
+    assert all("apples" in e["text"] and e["response"] for e in examples)
+    run(f"{KINDS['editflow']} --logging_steps 1 --eval_strategy no --save_steps 5", out)
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == list(range(1, 51))
+    assert lines[-1]["skipped_steps"] == 5, "those after the checkpoint at step 10 were made after all"
+
+
+def twice_not_finite(rank):
+    import editflow
+
+    loss, calls = editflow.loss, []
+
+    def some(*args, **kwargs):
+        calls.append(1)
+        value, parts = loss(*args, **kwargs)
+        return (value * float("nan") if len(calls) in (3, 7) else value), parts
+
+    editflow.loss = some
+
+
+@pytest.mark.slow
+def test_a_skipped_step_leaves_weights_and_moments_as_they_were(tmp_path):
+    out = tmp_path / "out"
+    run(f"{KINDS['editflow']} --logging_steps 1 --eval_strategy no", out, perturb=twice_not_finite)
+    lines = metrics(out)
+    assert [line["step"] for line in lines if "loss" not in line] == [3, 7]
+    assert lines[-1]["skipped_steps"] == 2
+    assert all(line["loss"] > 0 for line in lines if "loss" in line)
+    moments = load_file(out / "checkpoint-final/optimizer.safetensors")
+    assert {float(m) for name, m in moments.items() if name.endswith(".step")} == {48.0}
