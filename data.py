@@ -80,34 +80,38 @@ def _parse_source(part: str, spec: str) -> Source:
 
 def read_file(path: Path) -> Iterator[tuple[str, dict | ValueError]]:
     """(place, record) for every record; the place is "file:line", or "file: record 7" where lines say little."""
-    return READERS[_format(path)](path)
+    return READERS[suffix(path)](path)
 
 
-def _format(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+def suffix(path) -> str:
+    """Of a file or a name, without .gz: .jsonl, .txt, ..."""
+    return os.path.splitext(getattr(path, "name", path).removesuffix(".gz"))[1].lower()
 
 
-def _open(path: Path):
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+def _open(path):
+    return gzip.open(path.open("rb"), "rb") if path.name.endswith(".gz") else path.open("rb")
 
 
-def _read_lines(path: Path) -> Iterator[tuple[str, str | ValueError]]:
+def numbered_lines(path) -> Iterator[tuple[str, str | ValueError]]:
     """(place, line) for every line; a line that is not UTF-8 comes as an error."""
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
-                try:
-                    text = line.removeprefix(b"\xef\xbb\xbf").decode().replace("\r\n", "\n")
-                except UnicodeDecodeError as error:
-                    text = ValueError(f"not UTF-8 (byte {error.start + 1} of the line); convert it, say with iconv")
-                yield f"{path}:{number}", text
+                yield f"{path}:{number}", decode_line(line)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}:1: not a complete gzip file ({error}); fetch or pack it again") from error
 
 
+def decode_line(line: bytes) -> str | ValueError:
+    try:
+        return line.removeprefix(b"\xef\xbb\xbf").decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        return ValueError(f"not UTF-8 (byte {error.start + 1} of the line); convert it, say with iconv")
+
+
 def _whole_lines(path: Path) -> Iterator[str]:
     """Lines for formats in which one bad line spoils the rest."""
-    for place, line in _read_lines(path):
+    for place, line in numbered_lines(path):
         if isinstance(line, ValueError):
             raise ValueError(f"{place}: {line}")
         yield line
@@ -116,7 +120,7 @@ def _whole_lines(path: Path) -> Iterator[str]:
 def _read_txt(path: Path):
     """The whole file is one record."""
     lines = []
-    for place, line in _read_lines(path):
+    for place, line in numbered_lines(path):
         if isinstance(line, ValueError):
             yield place, line
         else:
@@ -126,14 +130,14 @@ def _read_txt(path: Path):
 
 
 def _read_jsonl(path: Path):
-    for place, line in _read_lines(path):
+    for place, line in numbered_lines(path):
         if isinstance(line, ValueError):
             yield place, line
         elif line.strip():
-            yield place, _parse_json_line(line)
+            yield place, parse_json_line(line)
 
 
-def _parse_json_line(line: str):
+def parse_json_line(line: str):
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
@@ -189,10 +193,10 @@ def _read_parquet(path: Path):
         raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
     try:
         with _open(path) as file:
-            table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if path.suffix == ".gz" else path)
-        rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
-        for number, record in enumerate(rows, 1):
-            yield f"{path}: record {number}", record
+            table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if path.name.endswith(".gz") else file)
+            rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
+            for number, record in enumerate(rows, 1):
+                yield f"{path}: record {number}", record
     except (pyarrow.ArrowException, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}:1: not a readable parquet file ({error})") from error
 
@@ -208,19 +212,25 @@ def data_files(name: str) -> list[Path]:
     """
     path = Path(name)
     if path.is_file():
-        if _format(path) not in READERS:
+        if suffix(path) not in READERS:
             raise ValueError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {_formats()}")
         return [path]
     if not path.exists():
-        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", name) or _format(path) in READERS:
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", name) or suffix(path) in READERS:
             raise ValueError(f"{name}: no such file or folder (nor a hub dataset owner/name, nor toy or toy-repair)")
         path = _fetch(name)
-    inside = [file for file in sorted(path.rglob("*")) if _format(file) in READERS and file.is_file()]
-    hidden = [file for file in inside if any(part.startswith(".") for part in file.relative_to(path).parts)]
-    files = [file for file in inside if file not in hidden and file.name.lower() not in NOT_DATA]
+    inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    files = [file for file in inside if is_data(str(file.relative_to(path)))]
     if not files:
         raise ValueError(f"{name}: the folder holds no data file; use {_formats()}")
     return files
+
+
+def is_data(name: str) -> bool:
+    """Whether a file inside a dataset's folder is part of the data."""
+    parts = name.split("/")
+    hidden = any(part.startswith(".") for part in parts)
+    return suffix(name) in READERS and not hidden and parts[-1].lower() not in NOT_DATA
 
 
 def _formats() -> str:
@@ -243,7 +253,7 @@ def _fetch(name: str) -> Path:
     return Path(root, *folder)
 
 
-def _is_held_out(path: Path) -> bool:
+def is_held_out(path) -> bool:
     """Published datasets call their held-out files test-00000-of-00001.parquet, gsm8k_test.jsonl, valid.txt, ..."""
     return bool(re.search(r"(?<![a-z])(test|validation|valid|val|dev|eval)(?![a-z])", path.name.lower()))
 
@@ -401,9 +411,9 @@ def load_records(
 def _load_files(source: Source, seed: int, report: SourceReport, text_field, skip: bool) -> tuple[list, list]:
     """The two parts of a source: of records, or of the lines of a text."""
     files = data_files(source.name)
-    if len({_format(file) == ".txt" for file in files}) == 2:
+    if len({suffix(file) == ".txt" for file in files}) == 2:
         raise ValueError(f"{source.name}: holds .txt files beside files of records; name them as two sources, a + b")
-    held_out = [file for file in files if _is_held_out(file)]
+    held_out = [file for file in files if is_held_out(file)]
     if len(held_out) == len(files):
         held_out = []
     train = list(_read_records([file for file in files if file not in held_out], report, text_field, skip))
@@ -422,7 +432,7 @@ def _read_records(files: list[Path], report: SourceReport, text_field: str | Non
             try:
                 if isinstance(record, ValueError):
                     raise record
-                form = "corpus" if _format(file) == ".txt" else report.form or detect_form(record, text_field)
+                form = "corpus" if suffix(file) == ".txt" else report.form or detect_form(record, text_field)
                 normal = record if form == "corpus" else normalise(record, form, text_field)
             except ValueError as error:
                 if not skip:
@@ -462,7 +472,7 @@ def read_prompts(path: str) -> list[list[dict]]:
     path = Path(path)
     if not path.is_file():
         raise OSError(f"--prompt_file {path}: no such file")
-    if _format(path) not in READERS or _format(path) == ".txt":
+    if suffix(path) not in READERS or suffix(path) == ".txt":
         return [_question(line.strip()) for line in _whole_lines(path) if line.strip()]
     return [_prompt(place, record) for place, record in read_file(path)]
 

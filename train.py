@@ -30,6 +30,7 @@ import lora
 import medlm
 import models
 import parallel
+import streaming
 from checkpoints import STATE, again, clear_output, prepare_output, save_checkpoint, trim_metrics
 from parallel import LossModule, Ranks
 
@@ -67,6 +68,7 @@ def parse_args(argv=None):
     a("--text_field", default=None, help="field of a record that holds plain text")
     f.flag("--insert_eos", default=True, help="end texts and responses with the end-of-message token")
     f.flag("--chat_template", default=True, help="render dialogues with the tokenizer's chat template")
+    f.flag("--streaming", help="read the data bit by bit and never hold it: files, URLs, hub ids; needs --max_steps")
     f.flag("--skip_bad_records", help="count and skip broken records instead of stopping")
     a("--max_length", "--max_len", type=n(int, low=2), default=512, help="tokens per sample (per packed row for medlm)")
 
@@ -123,6 +125,10 @@ def parse_args(argv=None):
     m("--intermediate_max_t", type=n(low=0, high=1), default=1.0, help="largest share masked before a rollout")
     m("--rollout_order", choices=["random", "confidence"], default="random", help="order in which a rollout unmasks")
     args = f.parse_args(argv)
+    if args.streaming and not args.max_steps:
+        f.error("--streaming does not know how long an epoch is; say --max_steps")
+    if args.streaming and args.eval_strategy == "epoch":
+        f.error("--streaming does not know how long an epoch is; leave --eval_strategy epoch out")
     if args.lora and not args.model_name_or_path:
         f.error("--lora adapts a checkpoint; name it with --model_name_or_path")
     if args.load_in_4bit and not args.lora:
@@ -260,52 +266,69 @@ def learning_rate(step: int, steps: int, args) -> float:
     return args.learning_rate * decay[args.lr_scheduler_type]
 
 
+class Encoder:
+    """From normal records to micro-batches, as the flags say."""
+
+    def __init__(self, args, tokenizer):
+        self.args, self.tokenizer, self.needs_draft = args, tokenizer, False
+
+    def encode(self, records: list[dict], **settings) -> data.Dataset:
+        a = self.args
+        settings = {"max_length": a.max_length, "insert_eos": a.insert_eos, "chat_template": a.chat_template} | settings
+        return data.encode(records, self.tokenizer, **settings)
+
+    def pad(self, examples: list) -> list:
+        """ME-DLM's responses end in pads, from which it learns how long an answer is."""
+        a = self.args
+        if a.method == "editflow" or not a.pad_len:
+            return examples
+        return [data.pad_response(e, a.pad_len, self.tokenizer.pad_id, a.max_length) for e in examples]
+
+    def check(self, example: data.Example) -> None:
+        """Raises now what would be raised in the middle of a step."""
+        if self.needs_draft and example.draft is None:
+            raise ValueError('--x0_sampler draft: no "draft" field to start from')
+        if self.args.method == "medlm" and self.args.intermediate_ratio:
+            try:
+                medlm.response_text(example.response, medlm.special_tokens(self.tokenizer))
+            except ValueError as error:
+                start = self.tokenizer.decode(example.response, skip_special=False)[:60]
+                raise ValueError(f"{error}: {start!r}...") from None
+
+    def batches(self, examples: list, seed: int, epoch: int) -> list[list]:
+        """Micro-batches, lists of examples, in an order drawn from (seed, epoch); for ME-DLM from packed rows of
+        max_length tokens."""
+        size = self.args.per_device_train_batch_size
+        if self.args.method == "editflow":
+            return list(data.batches(examples, size, seed, epoch))
+        rows = data.pack(examples, self.args.max_length)
+        return [[e for row in batch for e in row] for batch in data.batches(rows, size, seed, epoch)]
+
+
 class Data:
-    """Training and validation examples, and the one stream of micro-batches that all processes share."""
+    """Training and validation examples in memory, and the one stream of micro-batches that all processes share."""
 
     def __init__(self, args, tokenizer, train_records, eval_records, ranks: Ranks):
-        self.args, self.tokenizer = args, tokenizer
-        encode = {"max_length": args.max_length, "insert_eos": args.insert_eos, "chat_template": args.chat_template}
-        self.train = data.encode(train_records, tokenizer, **encode, progress=ranks.is_main)
-        held_out = data.encode(eval_records, tokenizer, **encode, recut=False, all_may_be_too_long=True)
-        self.eval = self.pad(held_out.examples)
-        if args.method == "medlm" and args.intermediate_ratio:
-            self.check_responses(self.train.examples + held_out.examples)
+        self.args, self.ranks, self.encoder = args, ranks, Encoder(args, tokenizer)
+        self.train = self.encoder.encode(train_records, progress=ranks.is_main)
+        held_out = self.encoder.encode(eval_records, recut=False, all_may_be_too_long=True)
+        self.eval = self.encoder.pad(held_out.examples)
+        for e in self.train.examples + held_out.examples:
+            self.encoder.check(e)
         if not len(self.train):
             raise ValueError(f"--dataset_args {args.dataset_args}: nothing to train on")
         if self.train.too_long:
             ranks.say(f"{self.train.too_long} samples longer than --max_length {args.max_length} left out")
         if held_out.too_long:
             ranks.say(f"{held_out.too_long} held-out samples longer than --max_length {args.max_length} left out")
-        tokens = sum(len(e) for e in self.rows(0))
+        tokens = sum(len(e) for e in self.rows())
         ranks.say(f"{len(self.train)} examples an epoch, {tokens} tokens; {len(self.eval)} held out")
 
-    def check_responses(self, examples: list) -> None:
-        """Raises now what `medlm.rollout` would raise in the middle of the run."""
-        tokens = medlm.special_tokens(self.tokenizer)
-        for e in examples:
-            try:
-                medlm.response_text(e.response, tokens)
-            except ValueError as error:
-                start = self.tokenizer.decode(e.response, skip_special=False)[:60]
-                raise ValueError(f"{error}: {start!r}...") from None
-
-    def pad(self, examples: list) -> list:
-        """ME-DLM's responses end in pads, from which it learns how long an answer is."""
-        if self.args.method == "editflow" or not self.args.pad_len:
-            return examples
-        return [data.pad_response(e, self.args.pad_len, self.tokenizer.pad_id, self.args.max_length) for e in examples]
-
-    def rows(self, epoch: int) -> list:
-        return self.pad(self.train.epoch(self.args.seed, epoch))
+    def rows(self, epoch: int = 0) -> list:
+        return self.encoder.pad(self.train.epoch(self.args.seed, epoch))
 
     def epoch(self, epoch: int) -> list[list]:
-        """The micro-batches of an epoch: lists of examples, for ME-DLM from packed rows of max_length tokens."""
-        size, seed, examples = self.args.per_device_train_batch_size, self.args.seed, self.rows(epoch)
-        if self.args.method == "editflow":
-            return list(data.batches(examples, size, seed, epoch))
-        rows = data.pack(examples, self.args.max_length)
-        return [[e for row in batch for e in row] for batch in data.batches(rows, size, seed, epoch)]
+        return self.encoder.batches(self.rows(epoch), self.args.seed, epoch)
 
     def stream(self, start: int):
         """All micro-batches from number `start` on, epoch after epoch without end: depends on the seed alone."""
@@ -314,6 +337,63 @@ class Data:
             yield from batches[start:]
             start = max(0, start - len(batches))
 
+    def begin(self, step: int, stored: dict | None) -> None:
+        self.group = self.args.gradient_accumulation_steps * self.ranks.world  # micro-batches in a step
+        self.micro_batches = self.stream(step * self.group)
+
+    def take(self) -> list[list]:
+        """This process's micro-batches of the next step."""
+        return [next(self.micro_batches) for _ in range(self.group)][self.ranks.rank :: self.ranks.world]
+
+    def position(self) -> None:
+        """The step says it all."""
+
+    def gather(self, position: None) -> None:
+        """For a checkpoint."""
+
+
+class StreamedData:
+    """The same for --streaming: micro-batches of a corpus that is never held, and a few examples held out."""
+
+    def __init__(self, args, tokenizer, corpus: streaming.Corpus, ranks: Ranks):
+        self.args, self.corpus, self.ranks, self.encoder = args, corpus, ranks, Encoder(args, tokenizer)
+        self.eval = self.encoder.pad(self.encode([("held-out record", r) for r in corpus.held_out]))
+        ranks.say(f"{corpus.total / 1e6:.1f} MB in {len(corpus.files)} files, streamed; {len(self.eval)} held out")
+
+    def rows(self) -> list:
+        """Some of the examples, from all over the corpus."""
+        return self.encode([("sample", record) for record in self.corpus.sample(1 << 20)])
+
+    def encode(self, pool: list[tuple[str, dict]]) -> list:
+        examples = []
+        for field, more in (("corpus", {"insert_eos": False}), (None, {})):  # a stretch of a .txt has no end
+            chosen = [(place, r) for place, r in pool if ("corpus" in r) == (field == "corpus")]
+            records = [{"text": r["corpus"]} if field else r for _, r in chosen]
+            encoded = self.encoder.encode(records, all_may_be_too_long=True, **more)
+            self.corpus.too_long += encoded.too_long
+            for e in encoded.examples:
+                try:
+                    self.encoder.check(e)
+                    examples.append(e)
+                except ValueError as error:
+                    self.corpus.refuse(f"{chosen[0][0]} or one of the {len(chosen) - 1} records after it", error)
+        return examples
+
+    def begin(self, step: int, stored: dict | None) -> None:
+        def batches_of(pool, rng):
+            examples = self.encoder.pad(self.encode(pool))
+            return self.encoder.batches(examples, int(rng.integers(2**31)), 0)
+
+        group = self.args.gradient_accumulation_steps * self.ranks.world
+        self.stream = streaming.Stream(self.corpus, self.ranks, group, batches_of, stored, step)
+        self.take, self.position = self.stream.take, self.stream.position
+
+    def gather(self, position: dict) -> dict:
+        bad, too_long = map(sum, zip(*self.ranks.gather((self.corpus.bad, self.corpus.too_long))))
+        if bad or too_long:
+            self.ranks.say(f"left out since the start: {bad} broken records, {too_long} longer than --max_length")
+        return self.stream.gather(position)
+
 
 # ---------------------------------------------------------------------------------------------------- the loop
 
@@ -321,21 +401,26 @@ class Data:
 def train(args, ranks: Ranks) -> int:
     """Returns the exit status: 0, or 130 after Ctrl-C."""
     out, resume = prepare_output(args, ranks)
-    train_records, eval_records, reports = data.load_records(
-        args.dataset_args, args.seed, text_field=args.text_field, skip_bad_records=args.skip_bad_records
-    )
-    for report in reports:
-        ranks.say(str(report))
-    model, tokenizer = prepare_model(args, resume, lambda: data.texts(train_records), ranks)
-    dataset = Data(args, tokenizer, train_records, eval_records, ranks)
+    if args.streaming:
+        hold_out = 0 if args.eval_strategy == "no" else 200
+        corpus = streaming.Corpus(args.dataset_args, args.seed, hold_out, args.text_field, args.skip_bad_records)
+        model, tokenizer = prepare_model(args, resume, lambda: data.texts(corpus.sample()), ranks)
+        dataset, steps = StreamedData(args, tokenizer, corpus, ranks), args.max_steps
+    else:
+        train_records, eval_records, reports = data.load_records(
+            args.dataset_args, args.seed, text_field=args.text_field, skip_bad_records=args.skip_bad_records
+        )
+        for report in reports:
+            ranks.say(str(report))
+        model, tokenizer = prepare_model(args, resume, lambda: data.texts(train_records), ranks)
+        dataset = Data(args, tokenizer, train_records, eval_records, ranks)
+        steps_per_epoch = len(dataset.epoch(0)) / (args.gradient_accumulation_steps * ranks.world)
+        steps = args.max_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
     if args.method == "editflow":
         prepare_source(model, dataset, resume)
-
-    group = args.gradient_accumulation_steps * ranks.world  # micro-batches per step
-    steps = args.max_steps or math.ceil(args.num_train_epochs * len(dataset.epoch(0)) / group)
     eval_every, save_every = (max(1, int(n if n >= 1 else n * steps)) for n in (args.eval_steps, args.save_steps))
     if args.eval_strategy == "epoch":
-        eval_every = max(1, len(dataset.epoch(0)) // group)
+        eval_every = max(1, int(steps_per_epoch))
 
     state = {"step": 0}
     if resume:
@@ -371,16 +456,17 @@ def train(args, ranks: Ranks) -> int:
     ranks.say(f"{args.method}, {size}, {steps} steps on {ranks.world} x {ranks.device.type}{mode}")
 
     def save(name: str) -> Path:
-        state = {"step": step, "log": log.state()}
+        state = {"step": step, "log": log.state(), "data": dataset.gather(position)}
         return save_checkpoint(out, name, model, tokenizer, optimizer, state, args, ranks)
 
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.bf16)
     stop, step = StopSignal(ranks), state["step"]
-    stream = dataset.stream(step * group)
+    dataset.begin(step, state.get("data"))
     pause = 0.2 if sys.stderr.isatty() else 20  # seconds between updates of the bar: a log file wants few
     with tqdm(total=steps, initial=step, disable=not ranks.is_main, unit="step", mininterval=pause) as bar:
         try:
             while True:
+                position = dataset.position()
                 is_time = step and (step % eval_every == 0 or step == steps)
                 if is_time and args.eval_strategy != "no" and dataset.eval and log.last_eval < step:
                     with autocast:
@@ -393,10 +479,12 @@ def train(args, ranks: Ranks) -> int:
 
                 for g in optimizer.param_groups:
                     g["lr"] = learning_rate(step, steps, args)
-                batches = [next(stream) for _ in range(group)][ranks.rank :: ranks.world]
+                batches, fault = attempt(dataset.take)
+                stop.check(fault)
                 parts, tokens = [], 0
                 for m, examples in enumerate(batches):
-                    stop.check()
+                    if m:
+                        stop.check()
                     key = (args.seed, step, m * ranks.world + ranks.rank)
                     torch.manual_seed(seeded(*key).initial_seed())  # for dropout
                     with parallel.accumulating(call, last=m == len(batches) - 1):
@@ -420,7 +508,12 @@ def train(args, ranks: Ranks) -> int:
         except Stopped:
             optimizer.zero_grad(set_to_none=True)  # of a step half done; it is done again
             saved = save(str(step))
-            ranks.say(f"stopped at step {step}; saved in {saved}; {again(args)} goes on from there")
+            goes_on = f"saved in {saved}; {again(args)} goes on from there"
+            if stop.fault:
+                raise OSError(f"{stop.fault}; stopped at step {step}; {goes_on}") from stop.fault
+            if stop.failed:
+                return 1  # another process says why
+            ranks.say(f"stopped at step {step}; {goes_on}")
             return stop.status
         ranks.say(f"saved in {save('final')}")
     return 0
@@ -431,27 +524,42 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM end the run before the next micro-batch, after saving. A second Ctrl-C ends it at once."""
+    """Ctrl-C and SIGTERM end the run before the next micro-batch, after saving; so do data that cannot be had. A second
+    Ctrl-C ends it at once."""
 
     def __init__(self, ranks: Ranks):
         self.requested, self.status, self.ranks = False, 0, ranks
+        self.fault, self.failed = None, False  # what this process met; whether any did
         signal.signal(signal.SIGTERM, self.receive)
         signal.signal(signal.SIGINT, self.receive)
 
     def receive(self, number, frame):
         self.requested, self.status = True, 130 if number == signal.SIGINT else 0
+        streaming.hurry.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def check(self) -> None:
-        """Raises Stopped on all processes as soon as one has been asked to stop. All must call it equally often."""
-        if self.ranks.most(self.requested):
+    def check(self, fault: Exception | None = None) -> None:
+        """Raises Stopped on all processes as soon as one has been asked to stop, or met a fault. All must call it
+        equally often."""
+        verdict = self.ranks.most(2 if fault and not self.requested else int(self.requested))
+        if verdict:
+            self.fault, self.failed = fault if verdict == 2 else None, verdict == 2
             raise Stopped
+
+
+def attempt(function):
+    """(its result, None), or (None, the error) where data cannot be had."""
+    try:
+        return function(), None
+    except (OSError, ValueError) as e:
+        return None, e
 
 
 def prepare_source(model, dataset: Data, resume: Path | None) -> None:
     """What the x0_sampler needs: token frequencies, or a draft in every example. Raises ValueError without drafts."""
     kind, start = editflow.source(model.config.nanoedit["x0_sampler"])
-    rows = dataset.rows(0)
+    dataset.encoder.needs_draft = kind == "draft"
+    rows = dataset.rows()
     if kind == "uniform" and not (resume and hasattr(model, "unigram")):
         model.set_unigram(unigram(rows, model.config.vocab_size))
     examples = [*rows, *dataset.eval]

@@ -18,6 +18,7 @@ import cli
 import data
 import medlm
 import models
+import parallel
 import sample
 import train
 
@@ -173,7 +174,7 @@ def test_steps_follow_from_epochs_and_groups(tmp_path):
 def test_every_example_once_an_epoch_in_another_order():
     args = train.parse_args(f"{TOY} {METHODS['editflow']} --output_dir x".split())
     records, held_out, _ = data.load_records(args.dataset_args, args.seed)
-    dataset = train.Data(args, data.toy_tokenizer(), records, held_out, train.Ranks())
+    dataset = train.Data(args, data.toy_tokenizer(), records, held_out, parallel.Ranks())
     stream = dataset.stream(0)
     epochs = [[tuple(e.prompt + e.response) for _ in range(6) for e in next(stream)] for _ in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1])
