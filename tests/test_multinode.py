@@ -71,7 +71,8 @@ def kill_node(agent):
     their own."""
     family = [agent.pid]
     for pid in family:
-        family += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        with contextlib.suppress(OSError):  # it has ended by itself
+            family += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
     for pid in family:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
