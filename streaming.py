@@ -399,7 +399,7 @@ class Lane:
 
 
 class Stream:
-    """This process's micro-batches of a streamed corpus; interchangeable with train.Data."""
+    """This process's micro-batches of a streamed corpus."""
 
     def __init__(self, corpus: Corpus, ranks, group: int, batches_of, stored: dict | None, step: int):
         """group: micro-batches in a step, of all processes. stored: what `gather` made for the checkpoint at `step`."""

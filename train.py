@@ -5,19 +5,18 @@
 
 The loop is a loop you can read aloud (function `train`): draw a micro-batch, loss, backward, repeat for accumulation,
 clip, step, log, evaluate, save. The methods live in editflow.py and medlm.py; here they are the two branches of
-`loss_function`. How a model is spread over processes is in parallel.py, how a run is saved in checkpoints.py.
+`loss_function`. What the loop is fed with is in feed.py, how a model is spread over processes in parallel.py, how a run
+is saved in checkpoints.py and recorded in metrics.py.
 
 Nothing random is stored. Every draw comes from a generator seeded by (seed, step, micro-batch), and so does the choice
 of examples: a run killed and restarted sees what an undisturbed run sees, and one process with accumulation 4 sees
 what four processes see.
 """
 
-import itertools
 import json
 import math
 import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -31,7 +30,9 @@ import medlm
 import models
 import parallel
 import streaming
-from checkpoints import STATE, again, clear_output, prepare_output, save_checkpoint, trim_metrics
+from checkpoints import STATE, again, clear_output, prepare_output, save_checkpoint
+from feed import Data, StreamedData
+from metrics import Log
 from parallel import LossModule, Ranks
 
 # ---------------------------------------------------------------------------------------------------- flags
@@ -256,6 +257,67 @@ def open_model(args, directory: Path, resume: Path | None):
     return lora.add(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.load_in_4bit, args.seed)
 
 
+def prepare_data_and_model(args, resume: Path | None, ranks: Ranks):
+    """(model, tokenizer, dataset, steps per epoch). The data come first, for a new tokenizer is trained on them."""
+    if args.streaming:
+        hold_out = 0 if args.eval_strategy == "no" else 200
+        corpus = streaming.Corpus(args.dataset_args, args.seed, hold_out, args.text_field, args.skip_bad_records)
+        model, tokenizer = prepare_model(args, resume, lambda: data.texts(corpus.sample()), ranks)
+        dataset, steps_per_epoch = StreamedData(args, tokenizer, corpus, ranks), math.inf
+    else:
+        train_records, eval_records, reports = data.load_records(
+            args.dataset_args, args.seed, text_field=args.text_field, skip_bad_records=args.skip_bad_records
+        )
+        for report in reports:
+            ranks.say(str(report))
+        model, tokenizer = prepare_model(args, resume, lambda: data.texts(train_records), ranks)
+        dataset = Data(args, tokenizer, train_records, eval_records, ranks)
+        steps_per_epoch = len(dataset.epoch(0)) / (args.gradient_accumulation_steps * ranks.world)
+    if args.method == "editflow":
+        prepare_source(model, dataset, resume)
+    return model, tokenizer, dataset, steps_per_epoch
+
+
+def prepare_source(model, dataset: Data, resume: Path | None) -> None:
+    """What the x0_sampler needs: token frequencies, or a draft in every example. Raises ValueError without drafts."""
+    kind, start = editflow.source(model.config.nanoedit["x0_sampler"])
+    dataset.encoder.needs_draft = kind == "draft"
+    rows = dataset.rows()
+    if kind == "uniform" and not (resume and hasattr(model, "unigram")):
+        model.set_unigram(unigram(rows, model.config.vocab_size))
+    examples = [*rows, *dataset.eval]
+    lacking = sum(e.draft is None for e in examples)
+    if kind == "draft" and lacking:
+        raise ValueError(f'--x0_sampler draft: {lacking} of the records have no "draft" field to start from')
+    if isinstance(model.model, models.Bert):  # on the way from x0 to x1 a text holds tokens of both
+        longest = max(len(e) + (len(e.draft or []) if kind == "draft" else start) for e in examples)
+        if longest > models.max_positions(model.config):
+            raise ValueError(
+                f"prompt, response and x0 take up to {longest} tokens together, the model has "
+                f"{models.max_positions(model.config)} positions; lower --max_length or the length of --x0_sampler"
+            )
+
+
+def unigram(examples: list, vocab_size: int) -> torch.Tensor:
+    """Token frequencies of the responses, float [V]: where x0_sampler uniform draws from."""
+    counts = torch.bincount(torch.tensor([token for e in examples for token in e.response]), minlength=vocab_size)
+    return counts.float() / counts.sum()
+
+
+def read_state(args, resume: Path, steps: int, ranks: Ranks) -> dict | None:
+    """train_state.json of the checkpoint to go on from; None when the run is finished."""
+    state = json.loads((resume / STATE).read_text())
+    step = state["step"]
+    if step > steps or (step == steps and resume.name == "checkpoint-final"):
+        ranks.say(f"{resume.parent} is finished, at step {step} of {steps}; for a new run choose another --output_dir")
+        return None
+    changed = {k: v for k, v in vars(args).items() if k in state["args"] and state["args"][k] != v}
+    if changed:
+        ranks.say("changed since the checkpoint was written: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
+    ranks.say(f"continuing {resume} at step {step} of {steps}")
+    return state
+
+
 def learning_rate(step: int, steps: int, args) -> float:
     """Linear warm-up, then cosine or linear decay to 0, or constant."""
     warmup = args.warmup_steps or int(args.warmup_ratio * steps)
@@ -266,173 +328,20 @@ def learning_rate(step: int, steps: int, args) -> float:
     return args.learning_rate * decay[args.lr_scheduler_type]
 
 
-class Encoder:
-    """From normal records to micro-batches, as the flags say."""
-
-    def __init__(self, args, tokenizer):
-        self.args, self.tokenizer, self.needs_draft = args, tokenizer, False
-
-    def encode(self, records: list[dict], **settings) -> data.Dataset:
-        a = self.args
-        settings = {"max_length": a.max_length, "insert_eos": a.insert_eos, "chat_template": a.chat_template} | settings
-        return data.encode(records, self.tokenizer, **settings)
-
-    def pad(self, examples: list) -> list:
-        """ME-DLM's responses end in pads, from which it learns how long an answer is."""
-        a = self.args
-        if a.method == "editflow" or not a.pad_len:
-            return examples
-        return [data.pad_response(e, a.pad_len, self.tokenizer.pad_id, a.max_length) for e in examples]
-
-    def check(self, example: data.Example) -> None:
-        """Raises now what would be raised in the middle of a step."""
-        if self.needs_draft and example.draft is None:
-            raise ValueError('--x0_sampler draft: no "draft" field to start from')
-        if self.args.method == "medlm" and self.args.intermediate_ratio:
-            try:
-                medlm.response_text(example.response, medlm.special_tokens(self.tokenizer))
-            except ValueError as error:
-                start = self.tokenizer.decode(example.response, skip_special=False)[:60]
-                raise ValueError(f"{error}: {start!r}...") from None
-
-    def batches(self, examples: list, seed: int, epoch: int) -> list[list]:
-        """Micro-batches, lists of examples, in an order drawn from (seed, epoch); for ME-DLM from packed rows of
-        max_length tokens."""
-        size = self.args.per_device_train_batch_size
-        if self.args.method == "editflow":
-            return list(data.batches(examples, size, seed, epoch))
-        rows = data.pack(examples, self.args.max_length)
-        return [[e for row in batch for e in row] for batch in data.batches(rows, size, seed, epoch)]
-
-
-class Data:
-    """Training and validation examples in memory, and the one stream of micro-batches that all processes share."""
-
-    def __init__(self, args, tokenizer, train_records, eval_records, ranks: Ranks):
-        self.args, self.ranks, self.encoder = args, ranks, Encoder(args, tokenizer)
-        self.train = self.encoder.encode(train_records, progress=ranks.is_main)
-        held_out = self.encoder.encode(eval_records, recut=False, all_may_be_too_long=True)
-        self.eval = self.encoder.pad(held_out.examples)
-        for e in self.train.examples + held_out.examples:
-            self.encoder.check(e)
-        if not len(self.train):
-            raise ValueError(f"--dataset_args {args.dataset_args}: nothing to train on")
-        if self.train.too_long:
-            ranks.say(f"{self.train.too_long} samples longer than --max_length {args.max_length} left out")
-        if held_out.too_long:
-            ranks.say(f"{held_out.too_long} held-out samples longer than --max_length {args.max_length} left out")
-        tokens = sum(len(e) for e in self.rows())
-        ranks.say(f"{len(self.train)} examples an epoch, {tokens} tokens; {len(self.eval)} held out")
-
-    def rows(self, epoch: int = 0) -> list:
-        return self.encoder.pad(self.train.epoch(self.args.seed, epoch))
-
-    def epoch(self, epoch: int) -> list[list]:
-        return self.encoder.batches(self.rows(epoch), self.args.seed, epoch)
-
-    def stream(self, start: int):
-        """All micro-batches from number `start` on, epoch after epoch without end: depends on the seed alone."""
-        for epoch in itertools.count():
-            batches = self.epoch(epoch)
-            yield from batches[start:]
-            start = max(0, start - len(batches))
-
-    def begin(self, step: int, stored: dict | None) -> None:
-        self.group = self.args.gradient_accumulation_steps * self.ranks.world  # micro-batches in a step
-        self.micro_batches = self.stream(step * self.group)
-
-    def take(self) -> list[list]:
-        """This process's micro-batches of the next step."""
-        return [next(self.micro_batches) for _ in range(self.group)][self.ranks.rank :: self.ranks.world]
-
-    def position(self) -> None:
-        """The step says it all."""
-
-    def gather(self, position: None) -> None:
-        """For a checkpoint."""
-
-
-class StreamedData:
-    """The same for --streaming: micro-batches of a corpus that is never held, and a few examples held out."""
-
-    def __init__(self, args, tokenizer, corpus: streaming.Corpus, ranks: Ranks):
-        self.args, self.corpus, self.ranks, self.encoder = args, corpus, ranks, Encoder(args, tokenizer)
-        self.eval = self.encoder.pad(self.encode([("held-out record", r) for r in corpus.held_out]))
-        ranks.say(f"{corpus.total / 1e6:.1f} MB in {len(corpus.files)} files, streamed; {len(self.eval)} held out")
-
-    def rows(self) -> list:
-        """Some of the examples, from all over the corpus."""
-        return self.encode([("sample", record) for record in self.corpus.sample(1 << 20)])
-
-    def encode(self, pool: list[tuple[str, dict]]) -> list:
-        examples = []
-        for field, more in (("corpus", {"insert_eos": False}), (None, {})):  # a stretch of a .txt has no end
-            chosen = [(place, r) for place, r in pool if ("corpus" in r) == (field == "corpus")]
-            records = [{"text": r["corpus"]} if field else r for _, r in chosen]
-            encoded = self.encoder.encode(records, all_may_be_too_long=True, **more)
-            self.corpus.too_long += encoded.too_long
-            for e in encoded.examples:
-                try:
-                    self.encoder.check(e)
-                    examples.append(e)
-                except ValueError as error:
-                    self.corpus.refuse(f"{chosen[0][0]} or one of the {len(chosen) - 1} records after it", error)
-        return examples
-
-    def begin(self, step: int, stored: dict | None) -> None:
-        def batches_of(pool, rng):
-            examples = self.encoder.pad(self.encode(pool))
-            return self.encoder.batches(examples, int(rng.integers(2**31)), 0)
-
-        group = self.args.gradient_accumulation_steps * self.ranks.world
-        self.stream = streaming.Stream(self.corpus, self.ranks, group, batches_of, stored, step)
-        self.take, self.position = self.stream.take, self.stream.position
-
-    def gather(self, position: dict) -> dict:
-        bad, too_long = map(sum, zip(*self.ranks.gather((self.corpus.bad, self.corpus.too_long))))
-        if bad or too_long:
-            self.ranks.say(f"left out since the start: {bad} broken records, {too_long} longer than --max_length")
-        return self.stream.gather(position)
-
-
 # ---------------------------------------------------------------------------------------------------- the loop
 
 
 def train(args, ranks: Ranks) -> int:
-    """Returns the exit status: 0, or 130 after Ctrl-C."""
+    """Returns the exit status: 0, 130 after Ctrl-C, 1 if another process says what went wrong."""
     out, resume = prepare_output(args, ranks)
-    if args.streaming:
-        hold_out = 0 if args.eval_strategy == "no" else 200
-        corpus = streaming.Corpus(args.dataset_args, args.seed, hold_out, args.text_field, args.skip_bad_records)
-        model, tokenizer = prepare_model(args, resume, lambda: data.texts(corpus.sample()), ranks)
-        dataset, steps = StreamedData(args, tokenizer, corpus, ranks), args.max_steps
-    else:
-        train_records, eval_records, reports = data.load_records(
-            args.dataset_args, args.seed, text_field=args.text_field, skip_bad_records=args.skip_bad_records
-        )
-        for report in reports:
-            ranks.say(str(report))
-        model, tokenizer = prepare_model(args, resume, lambda: data.texts(train_records), ranks)
-        dataset = Data(args, tokenizer, train_records, eval_records, ranks)
-        steps_per_epoch = len(dataset.epoch(0)) / (args.gradient_accumulation_steps * ranks.world)
-        steps = args.max_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
-    if args.method == "editflow":
-        prepare_source(model, dataset, resume)
+    model, tokenizer, dataset, steps_per_epoch = prepare_data_and_model(args, resume, ranks)
+    steps = args.max_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
     eval_every, save_every = (max(1, int(n if n >= 1 else n * steps)) for n in (args.eval_steps, args.save_steps))
     if args.eval_strategy == "epoch":
         eval_every = max(1, int(steps_per_epoch))
-
-    state = {"step": 0}
-    if resume:
-        state = json.loads((resume / STATE).read_text())
-        if state["step"] > steps or (state["step"] == steps and resume.name == "checkpoint-final"):
-            done = f"{out} is finished, at step {state['step']} of {steps}"
-            ranks.say(f"{done}; for a new run choose another --output_dir")
-            return 0
-        changed = {k: v for k, v in vars(args).items() if k in state["args"] and state["args"][k] != v}
-        if changed:
-            ranks.say("changed since the checkpoint was written: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
-        ranks.say(f"continuing {resume} at step {state['step']} of {steps}")
+    state = read_state(args, resume, steps, ranks) if resume else {"step": 0}
+    if not state:
+        return 0
 
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
     if args.lora:
@@ -448,10 +357,12 @@ def train(args, ranks: Ranks) -> int:
     if resume:
         with models.open_tensors(resume / "optimizer.safetensors") as moments:
             parallel.restore_moments(model, optimizer, moments)
-    loss_of = loss_function(args, module, tokenizer, ranks.device)
     trained = [p for p in model.parameters() if p.requires_grad]
+    loss_of = loss_function(args, module, tokenizer, ranks.device)
+    step = state["step"]
+    dataset.begin(step, state.get("data"))
     clear_output(out, args, ranks)
-    log = Log(out, state, args, ranks)
+    log, stop = Log(out, state, args, ranks), StopSignal(ranks)
     mode = f", {args.parallel}" if ranks.world > 1 else ""
     ranks.say(f"{args.method}, {size}, {steps} steps on {ranks.world} x {ranks.device.type}{mode}")
 
@@ -460,8 +371,6 @@ def train(args, ranks: Ranks) -> int:
         return save_checkpoint(out, name, model, tokenizer, optimizer, state, args, ranks)
 
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.bf16)
-    stop, step = StopSignal(ranks), state["step"]
-    dataset.begin(step, state.get("data"))
     pause = 0.2 if sys.stderr.isatty() else 20  # seconds between updates of the bar: a log file wants few
     with tqdm(total=steps, initial=step, disable=not ranks.is_main, unit="step", mininterval=pause) as bar:
         try:
@@ -555,32 +464,6 @@ def attempt(function):
         return None, e
 
 
-def prepare_source(model, dataset: Data, resume: Path | None) -> None:
-    """What the x0_sampler needs: token frequencies, or a draft in every example. Raises ValueError without drafts."""
-    kind, start = editflow.source(model.config.nanoedit["x0_sampler"])
-    dataset.encoder.needs_draft = kind == "draft"
-    rows = dataset.rows()
-    if kind == "uniform" and not (resume and hasattr(model, "unigram")):
-        model.set_unigram(unigram(rows, model.config.vocab_size))
-    examples = [*rows, *dataset.eval]
-    lacking = sum(e.draft is None for e in examples)
-    if kind == "draft" and lacking:
-        raise ValueError(f'--x0_sampler draft: {lacking} of the records have no "draft" field to start from')
-    if isinstance(model.model, models.Bert):  # on the way from x0 to x1 a text holds tokens of both
-        longest = max(len(e) + (len(e.draft or []) if kind == "draft" else start) for e in examples)
-        if longest > models.max_positions(model.config):
-            raise ValueError(
-                f"prompt, response and x0 take up to {longest} tokens together, the model has "
-                f"{models.max_positions(model.config)} positions; lower --max_length or the length of --x0_sampler"
-            )
-
-
-def unigram(examples: list, vocab_size: int) -> torch.Tensor:
-    """Token frequencies of the responses, float [V]: where x0_sampler uniform draws from."""
-    counts = torch.bincount(torch.tensor([token for e in examples for token in e.response]), minlength=vocab_size)
-    return counts.float() / counts.sum()
-
-
 @torch.no_grad()
 def evaluate(loss_of, module: LossModule, examples: list, args, ranks: Ranks, stop: StopSignal) -> dict[str, float]:
     """Mean loss on the held-out examples. The noise depends on the batch number alone, so that figures compare.
@@ -635,109 +518,6 @@ def decode_samples(model, examples: list, args, tokenizer, together: Ranks | Non
     longest = max(len(e.response) for e in examples)
     passes = {"init_num": longest, "mask_diffusion_step": -(-longest // 4), "edit_diffusion_step": 4}
     return [d.response for d in medlm.decode(model, prompts, medlm.special_tokens(tokenizer), **passes)]
-
-
-class Log:
-    """metrics.jsonl: one JSON object per logging step, means since the last one; tensorboard on request.
-
-    Steps whose loss or gradient is not finite are counted here too; too many in a row end the run.
-    """
-
-    PATIENCE = 10  # steps in a row without a finite loss and gradient
-
-    def __init__(self, out: Path, state: dict, args, ranks: Ranks):
-        self.file, self.ranks = out / "metrics.jsonl", ranks
-        lines = trim_metrics(self.file, state["step"]) if ranks.is_main else []
-        self.start = time.monotonic() - max((line.get("seconds", 0.0) for line in lines), default=0.0)
-        evaluated = [line["step"] for line in lines if "eval_loss" in line]
-        self.last_eval = ranks.most(max(evaluated, default=0))
-        self.board = None
-        if ranks.is_main and args.report_to == "tensorboard":
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("--report_to tensorboard: run `pip install tensorboard` first") from None
-            self.board = SummaryWriter(out / "tensorboard", purge_step=state["step"] + 1)
-        self.reset()
-        stored = state.get("log", {"skipped": 0, "skipped_in_a_row": 0, "sums": [], "counts": []})
-        self.skipped, self.skipped_in_a_row = stored["skipped"], stored["skipped_in_a_row"]
-        if len(stored["sums"]) == ranks.world:
-            self.sums, self.counts = stored["sums"][ranks.rank], stored["counts"][ranks.rank]
-        elif ranks.is_main:  # the checkpoint of another number of processes
-            for mine, theirs in ((self.sums, stored["sums"]), (self.counts, stored["counts"])):
-                for name in dict.fromkeys(name for d in theirs for name in d):
-                    mine[name] = sum(d.get(name, 0) for d in theirs)
-
-    def state(self) -> dict:
-        """What the next line of metrics.jsonl depends on, for a checkpoint. All processes must ask."""
-        sums = self.ranks.gather({name: float(total) for name, total in self.sums.items()})
-        counts = self.ranks.gather(self.counts)
-        return {
-            "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "sums": sums, "counts": counts
-        }  # fmt: skip
-
-    def reset(self) -> None:
-        self.sums, self.counts, self.tokens, self.since = {}, {}, 0, time.monotonic()
-
-    def add(self, micro_batches: list[dict], tokens: int, grad_norm) -> None:
-        """A step: the metrics of its micro-batches. Tensors stay on their device until they are written."""
-        norm = [{"grad_norm": grad_norm}] if self.ranks.is_main else []  # of all processes together: counted once
-        for metrics in micro_batches + norm:
-            for name, value in metrics.items():
-                self.sums[name] = self.sums.get(name, 0) + value
-                self.counts[name] = self.counts.get(name, 0) + 1
-        self.tokens += tokens
-        self.skipped_in_a_row = 0
-
-    def skip(self, step: int, micro_batches: list[dict], batches: list, tokenizer) -> None:
-        """A step that was not made. Raises ValueError after too many in a row, with the batch saved."""
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-        losses = [float(metrics["loss"]) for metrics in micro_batches]
-        self.ranks.say(
-            f"step {step + 1} skipped: loss or gradient not finite (losses {', '.join(f'{x:.3g}' for x in losses)}; "
-            f"{self.skipped} skipped so far)"
-        )
-        if self.skipped_in_a_row < self.PATIENCE:
-            return
-        file = self.file.with_name(f"not-finite-step-{step + 1}-rank-{self.ranks.rank}.json")
-        examples = [
-            {"micro_batch": m, "loss": str(loss), "text": tokenizer.decode(e.prompt + e.response, skip_special=False)}
-            | vars(e)
-            for m, (loss, batch) in enumerate(zip(losses, batches))
-            for e in batch
-        ]
-        file.write_text(json.dumps(examples, indent=1, ensure_ascii=False), encoding="utf-8")
-        self.ranks.barrier()
-        raise ValueError(
-            f"loss or gradient was not finite in {self.PATIENCE} steps in a row; the examples of the last one are in "
-            f"{file}; lower --learning_rate or --max_grad_norm, or look for what is odd in the data"
-        )
-
-    def write(self, step: int, lr: float) -> dict:
-        means = self.ranks.mean({name: float(total) for name, total in self.sums.items()}, self.counts)
-        speed = self.tokens * self.ranks.world / (time.monotonic() - self.since)
-        skipped = {"skipped_steps": self.skipped} if self.skipped else {}
-        measured = {"tokens_per_s": round(speed), "seconds": round(time.monotonic() - self.start, 1)}
-        self.append({"step": step, **means, "lr": lr, **skipped, **measured})
-        self.reset()
-        shown = {"loss": f"{means.get('loss', math.nan):.3f}", "lr": f"{lr:.1e}", "tok/s": f"{speed:.0f}"}
-        return shown | {name: str(n) for name, n in skipped.items()}
-
-    def write_eval(self, step: int, values: dict) -> None:
-        self.append({"step": step, **values})
-        self.ranks.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
-        self.last_eval, self.since = step, time.monotonic()
-
-    def append(self, record: dict) -> None:
-        if self.ranks.is_main:
-            try:
-                with open(self.file, "a", encoding="utf-8") as f:
-                    f.write(json.dumps(record) + "\n")
-            except OSError as e:
-                raise OSError(f"{self.file}: cannot be written to ({e.strerror or e})") from e
-            if self.board:
-                for name, value in record.items():
-                    self.board.add_scalar(name, value, record["step"])
 
 
 def main(argv=None):

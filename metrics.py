@@ -1,0 +1,112 @@
+"""The record of a run: metrics.jsonl, the numbers behind the progress bar, and the steps that could not be made."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+from checkpoints import trim_metrics
+from parallel import Ranks
+
+
+class Log:
+    """metrics.jsonl: one JSON object per logging step, means since the last one; tensorboard on request.
+
+    Steps whose loss or gradient is not finite are counted here too; too many in a row end the run.
+    """
+
+    PATIENCE = 10  # steps in a row without a finite loss and gradient
+
+    def __init__(self, out: Path, state: dict, args, ranks: Ranks):
+        self.file, self.ranks = out / "metrics.jsonl", ranks
+        lines = trim_metrics(self.file, state["step"]) if ranks.is_main else []
+        self.start = time.monotonic() - max((line.get("seconds", 0.0) for line in lines), default=0.0)
+        evaluated = [line["step"] for line in lines if "eval_loss" in line]
+        self.last_eval = ranks.most(max(evaluated, default=0))
+        self.board = None
+        if ranks.is_main and args.report_to == "tensorboard":
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("--report_to tensorboard: run `pip install tensorboard` first") from None
+            self.board = SummaryWriter(out / "tensorboard", purge_step=state["step"] + 1)
+        self.reset()
+        stored = state.get("log", {"skipped": 0, "skipped_in_a_row": 0, "sums": [], "counts": []})
+        self.skipped, self.skipped_in_a_row = stored["skipped"], stored["skipped_in_a_row"]
+        if len(stored["sums"]) == ranks.world:
+            self.sums, self.counts = stored["sums"][ranks.rank], stored["counts"][ranks.rank]
+        elif ranks.is_main:  # the checkpoint of another number of processes
+            for mine, theirs in ((self.sums, stored["sums"]), (self.counts, stored["counts"])):
+                for name in dict.fromkeys(name for d in theirs for name in d):
+                    mine[name] = sum(d.get(name, 0) for d in theirs)
+
+    def state(self) -> dict:
+        """What the next line of metrics.jsonl depends on, for a checkpoint. All processes must ask."""
+        sums = self.ranks.gather({name: float(total) for name, total in self.sums.items()})
+        counts = self.ranks.gather(self.counts)
+        return {
+            "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "sums": sums, "counts": counts
+        }  # fmt: skip
+
+    def reset(self) -> None:
+        self.sums, self.counts, self.tokens, self.since = {}, {}, 0, time.monotonic()
+
+    def add(self, micro_batches: list[dict], tokens: int, grad_norm) -> None:
+        """A step: the metrics of its micro-batches. Tensors stay on their device until they are written."""
+        norm = [{"grad_norm": grad_norm}] if self.ranks.is_main else []  # of all processes together: counted once
+        for metrics in micro_batches + norm:
+            for name, value in metrics.items():
+                self.sums[name] = self.sums.get(name, 0) + value
+                self.counts[name] = self.counts.get(name, 0) + 1
+        self.tokens += tokens
+        self.skipped_in_a_row = 0
+
+    def skip(self, step: int, micro_batches: list[dict], batches: list, tokenizer) -> None:
+        """A step that was not made. Raises ValueError after too many in a row, with the batch saved."""
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        losses = [float(metrics["loss"]) for metrics in micro_batches]
+        self.ranks.say(
+            f"step {step + 1} skipped: loss or gradient not finite (losses {', '.join(f'{x:.3g}' for x in losses)}; "
+            f"{self.skipped} skipped so far)"
+        )
+        if self.skipped_in_a_row < self.PATIENCE:
+            return
+        file = self.file.with_name(f"not-finite-step-{step + 1}-rank-{self.ranks.rank}.json")
+        examples = [
+            {"micro_batch": m, "loss": str(loss), "text": tokenizer.decode(e.prompt + e.response, skip_special=False)}
+            | vars(e)
+            for m, (loss, batch) in enumerate(zip(losses, batches))
+            for e in batch
+        ]
+        file.write_text(json.dumps(examples, indent=1, ensure_ascii=False), encoding="utf-8")
+        self.ranks.barrier()
+        raise ValueError(
+            f"loss or gradient was not finite in {self.PATIENCE} steps in a row; the examples of the last one are in "
+            f"{file}; lower --learning_rate or --max_grad_norm, or look for what is odd in the data"
+        )
+
+    def write(self, step: int, lr: float) -> dict:
+        means = self.ranks.mean({name: float(total) for name, total in self.sums.items()}, self.counts)
+        speed = self.tokens * self.ranks.world / (time.monotonic() - self.since)
+        skipped = {"skipped_steps": self.skipped} if self.skipped else {}
+        measured = {"tokens_per_s": round(speed), "seconds": round(time.monotonic() - self.start, 1)}
+        self.append({"step": step, **means, "lr": lr, **skipped, **measured})
+        self.reset()
+        shown = {"loss": f"{means.get('loss', math.nan):.3f}", "lr": f"{lr:.1e}", "tok/s": f"{speed:.0f}"}
+        return shown | {name: str(n) for name, n in skipped.items()}
+
+    def write_eval(self, step: int, values: dict) -> None:
+        self.append({"step": step, **values})
+        self.ranks.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self.last_eval, self.since = step, time.monotonic()
+
+    def append(self, record: dict) -> None:
+        if self.ranks.is_main:
+            try:
+                with open(self.file, "a", encoding="utf-8") as f:
+                    f.write(json.dumps(record) + "\n")
+            except OSError as e:
+                raise OSError(f"{self.file}: cannot be written to ({e.strerror or e})") from e
+            if self.board:
+                for name, value in record.items():
+                    self.board.add_scalar(name, value, record["step"])
