@@ -381,6 +381,17 @@ def test_a_finished_run_is_not_trained_further_unless_overwritten(tmp_path):
     assert losses(tmp_path)[0] != before[0]
 
 
+def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run("editflow", tmp_path, "--max_steps 3 --report_to tensorboard")
+    run("editflow", tmp_path, "--max_steps 5 --report_to tensorboard")  # and a run that goes on
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in ("loss", "loss_ins", "lr", "eval_loss"):
+        expected = {line["step"]: line[name] for line in metrics(tmp_path) if name in line}
+        assert {e.step: e.value for e in board.Scalars(name)} == pytest.approx(expected)
+
+
 # ---------------------------------------------------------------------------------------------------- many processes
 
 
