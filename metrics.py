@@ -1,5 +1,6 @@
 """The record of a run: metrics.jsonl, the numbers behind the progress bar, and the steps that could not be made."""
 
+import contextlib
 import json
 import math
 import time
@@ -85,6 +86,13 @@ class Log:
             f"{file}; lower --learning_rate or --max_grad_norm, or look for what is odd in the data"
         )
 
+    @contextlib.contextmanager
+    def aside(self):
+        """Around work that is no training: its time does not count in tokens per second."""
+        begin = time.monotonic()
+        yield
+        self.since += time.monotonic() - begin
+
     def write(self, step: int, lr: float) -> dict:
         means = self.ranks.mean({name: float(total) for name, total in self.sums.items()}, self.counts)
         speed = self.tokens * self.ranks.world / (time.monotonic() - self.since)
@@ -98,7 +106,7 @@ class Log:
     def write_eval(self, step: int, values: dict) -> None:
         self.append({"step": step, **values})
         self.ranks.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
-        self.last_eval, self.since = step, time.monotonic()
+        self.last_eval = step
 
     def append(self, record: dict) -> None:
         if self.ranks.is_main:

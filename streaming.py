@@ -250,27 +250,31 @@ class Corpus:
             held_out = [file for file in files if data.is_held_out(file)]
             held_out = [] if len(held_out) == len(files) else held_out
             train = [file for file in files if file not in held_out]
-            want = hold_out if source.test is None else source.test
+            want, most = source.test, float("inf")
+            if want is None:  # of a small corpus, a twentieth
+                want, most = hold_out, sum(map(size_of, train)) / 20
             for file in held_out or train:
-                got, after = self._read_start(file, want)
+                got, after = self._read_start(file, want, most)
                 self.held_out += got
                 want -= len(got)
                 if not held_out:
                     self.begin[file] = after
-                if want <= 0:
+                if want <= 0 or (got and not held_out):
                     break
             self.files += train
         self.total = sum(size_of(file) for file in self.files)
 
-    def _read_start(self, file, n: int) -> tuple[list[dict], int]:
-        """The first n good records of a file, and where the next begins: a byte of a cuttable file, else a number."""
-        found, after = [], 0
+    def _read_start(self, file, n: int, most: float) -> tuple[list[dict], int]:
+        """The first good records of a file, n of them or `most` characters, and where the next record begins: a byte of
+        a cuttable file, else a number."""
+        found, after, length = [], 0, 0
         if n <= 0:
             return found, after
         for number, (place, record) in enumerate(Piece(file, 0).records(), 1):
             after = number
-            found += self.normal(file, place, record)
-            if len(found) == n:
+            normal = self.normal(file, place, record)
+            found, length = found + normal, length + sum(map(len, data.texts(normal)))
+            if len(found) == n or length >= most:
                 break
         if is_cuttable(file):  # the byte is in the place of the next record
             places = (place for place, _ in Piece(file, 0).records(after))

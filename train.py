@@ -378,13 +378,14 @@ def train(args, ranks: Ranks) -> int:
                 position = dataset.position()
                 is_time = step and (step % eval_every == 0 or step == steps)
                 if is_time and args.eval_strategy != "no" and dataset.eval and log.last_eval < step:
-                    with autocast:
+                    with autocast, log.aside():
                         log.write_eval(step, evaluate(loss_of, module, dataset.eval, args, ranks, stop))
                         show_samples(module, tokenizer, dataset.eval, args, ranks)
                 if step == steps:
                     break
                 if step and step % save_every == 0:
-                    save(str(step))
+                    with log.aside():
+                        save(str(step))
 
                 for g in optimizer.param_groups:
                     g["lr"] = learning_rate(step, steps, args)

@@ -165,9 +165,11 @@ def test_a_stream_goes_on_from_any_position(kind, tmp_path):
 def test_held_out_records_are_not_trained_on(tmp_path):
     records = texts(300)
     for kind in ("jsonl", "csv"):
-        source = corpus(as_file(kind, tmp_path, records), hold_out=20)
+        source = corpus(f"{as_file(kind, tmp_path, records)}[test:20]")
         assert [r["text"] for r in source.held_out] == records[:20]
         assert Counter(an_epoch(source, 2)) == Counter(records[20:])
+    small = corpus(tmp_path / "corpus.jsonl", hold_out=200)
+    assert 10 < len(small.held_out) < 25, "a twentieth"
     folder = tmp_path / "split"
     folder.mkdir()
     jsonl(folder / "train.jsonl", records)
