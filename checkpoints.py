@@ -28,8 +28,11 @@ def checkpoints(out: Path) -> list[Path]:
     found = []
     for file in out.glob(f"checkpoint-*/{STATE}"):
         try:
-            found.append((int(json.loads(file.read_text())["step"]), file.parent))
-        except (ValueError, KeyError, TypeError) as e:
+            state = json.loads(file.read_text(encoding="utf-8"))
+            if type(state["step"]) is not int or state["step"] < 0 or not isinstance(state["args"], dict):
+                raise ValueError("no step and args of a run in it")
+            found.append((state["step"], file.parent))
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise ValueError(f"{file}: not readable ({e}); delete {file.parent} to go on from another") from None
     return [path for _, path in sorted(found)]
 
@@ -43,6 +46,8 @@ def prepare_output(args, ranks) -> tuple[Path, Path | None]:
             probe = out / ".writable"
             probe.touch()
             probe.unlink()
+            if (out / "metrics.jsonl").is_dir():
+                raise OSError("metrics.jsonl is a folder")
             for rest in [*out.glob(".writing-*"), *out.glob(".deleting-*")]:  # of a run that was killed
                 shutil.rmtree(rest)
         except OSError as e:
@@ -125,8 +130,11 @@ def trim_metrics(file: Path, step: int) -> list[dict]:
     others."""
     if not file.is_file():
         return []
-    lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-    kept = [line for line in lines if line["step"] <= step]
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line for line in lines if line["step"] <= step]
+    except (ValueError, LookupError, TypeError, RecursionError) as e:
+        raise ValueError(f"{file}: not the metrics of a run ({e}); move it away to go on without") from None
     shorter = file.with_name(".writing-metrics")
     shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(shorter, file)

@@ -1,7 +1,9 @@
 """What the four scripts share on the command line: flags in the published spelling, and errors in one line."""
 
 import argparse
+import operator
 import sys
+from dataclasses import dataclass
 
 
 def boolean(text: str) -> bool:
@@ -10,35 +12,74 @@ def boolean(text: str) -> bool:
         return True
     if text.lower() in ("false", "0", "no", "n", "f"):
         return False
-    raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected True or False, got {shortened(text)}")
 
 
-def number(kind=float, low=None, high=None, above=None):
-    """An argparse type: a finite number of this kind with low <= x <= high, or above < x."""
+LARGEST = 2**32 - 1  # of whole numbers: seeds and sizes then fit into 64 bits, also after they are multiplied
 
-    def read(text: str):
+
+@dataclass(frozen=True)
+class number:
+    """An argparse type: a finite number of this kind with low <= x <= high, or above < x < below."""
+
+    kind: type = float
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __call__(self, text: str):
         try:
-            value = kind(text)
+            value = self.kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"expected {'a whole number' if kind is int else 'a number'}, got {text!r}"
-            ) from None
+            what = "a whole number" if self.kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {what}, got {shortened(text)}") from None
         if value != value or value in (float("inf"), float("-inf")):
-            raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
-        if (
-            (low is not None and value < low)
-            or (high is not None and value > high)
-            or (above is not None and value <= above)
-        ):
-            bounds = (
-                [f"at least {low}"] * (low is not None)
-                + [f"above {above}"] * (above is not None)
-                + [f"at most {high}"] * (high is not None)
-            )
-            raise argparse.ArgumentTypeError(f"expected a number {' and '.join(bounds)}, got {text}")
+            raise argparse.ArgumentTypeError(f"expected a finite number, got {shortened(text)}")
+        bounds = [
+            ("at least", self.low, operator.ge), ("above", self.above, operator.gt),
+            ("at most", self.high, operator.le), ("below", self.below, operator.lt),
+        ]  # fmt: skip
+        if self.kind is int and self.high is None and value > LARGEST:
+            bounds = [("at most", LARGEST, operator.le)]
+        bounds = [bound for bound in bounds if bound[1] is not None]
+        if not all(holds(value, limit) for _, limit, holds in bounds):
+            words = " and ".join(f"{word} {limit}" for word, limit, _ in bounds)
+            raise argparse.ArgumentTypeError(f"expected a number {words}, got {shortened(text)}")
         return value
 
-    return read
+
+def text(text: str) -> str:
+    """An argparse type: words for the model, which may be none. Raises argparse.ArgumentTypeError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"expected UTF-8, got {shortened(text)}") from None
+    return text
+
+
+def name(text: str) -> str:
+    """An argparse type, and that of every flag without one: a path or name. An empty one is an unset shell variable."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected a name or path, got {text!r}")
+    return text
+
+
+def spec(read):
+    """An argparse type: text that the function `read` accepts without a ValueError, kept as it is."""
+
+    def check(text: str) -> str:
+        try:
+            read(name(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
+
+    return check
+
+
+def shortened(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:80] + "...")
 
 
 class Flags(argparse.ArgumentParser):
@@ -48,10 +89,11 @@ class Flags(argparse.ArgumentParser):
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
+        self.register("type", None, name)
 
     def error(self, message: str):
         """One line, exit status 2."""
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
 
     def flag(self, *names: str, default=False, help: str):
         self.add_argument(*names, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help)

@@ -28,7 +28,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -44,7 +43,7 @@ import cli
 import editflow
 import lora
 import models
-from tokenizer import CHAT_TEMPLATE, DEL_TOKEN, SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from tokenizer import CHAT_TEMPLATE, DEL_TOKEN, SPECIAL_TOKENS, Tokenizer, load_tokenizer, read_json
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -107,8 +106,9 @@ def parse_args(argv=None):
     a("--revision", help="branch, tag or commit of the hub repository")
     f.flag("--merge_lora", help="the source holds LoRA adapters: add them to the weights they were trained on")
     f.flag("--overwrite", help="replace the checkpoint in output_dir")
-    a("--x0_sampler", help="Edit Flows: where generation starts (default: the source's, else empty)")
-    a("--schedule", help="Edit Flows: kappa (default: the source's, else cubic)")
+    a("--x0_sampler", type=cli.spec(editflow.source),
+      help="Edit Flows: where generation starts (default: the source's, else empty)")
+    a("--schedule", type=cli.spec(editflow.schedule), help="Edit Flows: kappa (default: the source's, else cubic)")
     f.flag("--time_conditioned", help="Edit Flows: the model sees t, through an embedding that adds zero at first")
     a("--dtype", choices=["keep", "float32", "bfloat16"], default="keep", help="of the weights written")
     a("--seed", type=cli.number(int, low=0), default=42, help="of the new rate head")
@@ -256,7 +256,10 @@ def base_checkpoint(directory: Path, merge: bool) -> Path:
         return directory
     if not merge:
         raise ValueError(f"{directory}: holds LoRA adapters, not a whole model; pass --merge_lora")
-    return fetch(lora.read_adapter_config(directory)["base_model_name_or_path"], None)
+    base = fetch(lora.read_adapter_config(directory)["base_model_name_or_path"], None)
+    if (base / "adapter_config.json").is_file():
+        raise ValueError(f"{directory}/adapter_config.json: the base model {base} holds adapters itself")
+    return base
 
 
 def merged(have: dict[str, Stored], directory: Path, kind: str) -> dict[str, Stored]:
@@ -271,6 +274,10 @@ def merged(have: dict[str, Stored], directory: Path, kind: str) -> dict[str, Sto
         target = llada_name(target) if kind == "llada" else target
         if target not in have or b not in shapes:
             raise ValueError(f"{file}: {a} has no partner or no matrix {target!r} to be added to")
+        rows, columns = have[target].shape
+        for name, shape in ((a, (settings["r"], columns)), (b, (rows, settings["r"]))):
+            if shapes[name][0] != shape:
+                raise ValueError(f"{file}: {name} has shape {list(shapes[name][0])}, not {list(shape)}")
 
         def addition(a=a, b=b):
             A, B = (models.read_tensor(file, name, shapes[name][0]).float() for name in (a, b))
@@ -286,13 +293,7 @@ def merged(have: dict[str, Stored], directory: Path, kind: str) -> dict[str, Sto
 def open_tokenizer(directory: Path, kind: str) -> Tokenizer:
     """The source's tokenizer; from a bare vocabulary where there is neither tokenizer.json nor tokenizer.model."""
     is_bare = not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    with tempfile.TemporaryDirectory() as tmp:
-        if is_bare:
-            from_vocabulary(directory, kind).save(f"{tmp}/tokenizer.json")
-            for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-                if (directory / name).is_file():
-                    shutil.copy(directory / name, tmp)
-        tokenizer = load_tokenizer(tmp if is_bare else directory)
+    tokenizer = load_tokenizer(directory, from_vocabulary(directory, kind) if is_bare else None)
     for role, name in ENCODER_TOKENS.get(kind, {}).items():
         if tokenizer.backend.token_to_id(name) is not None:
             tokenizer.config.setdefault(f"{role}_token", name)
@@ -307,13 +308,14 @@ def from_vocabulary(directory: Path, kind: str) -> tokenizers.Tokenizer:
     """vocab.txt (WordPiece, BERT) or vocab.json + merges.txt (byte-level BPE: RoBERTa, Qwen2, Dream)."""
     words, vocab, merges = (directory / name for name in ("vocab.txt", "vocab.json", "merges.txt"))
     if words.is_file():
-        file = directory / "tokenizer_config.json"
-        options = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        backend = tokenizers.Tokenizer(tokenizers.models.WordPiece.from_file(str(words), unk_token="[UNK]"))
+        options = read_json(directory / "tokenizer_config.json")
+        backend = tokenizers.Tokenizer(vocabulary(tokenizers.models.WordPiece, words, unk_token="[UNK]"))
+        if backend.token_to_id("[UNK]") is None:
+            raise ValueError(f"{words}: not a vocabulary of BERT's kind: there is no line [UNK]")
         backend.normalizer = normalizers.BertNormalizer(
-            lowercase=options.get("do_lower_case", True),
-            strip_accents=options.get("strip_accents"),
-            handle_chinese_chars=options.get("tokenize_chinese_chars", True),
+            lowercase=bool(options.get("do_lower_case", True)),
+            strip_accents=options.get("strip_accents") and True,
+            handle_chinese_chars=bool(options.get("tokenize_chinese_chars", True)),
         )
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece()
@@ -321,7 +323,7 @@ def from_vocabulary(directory: Path, kind: str) -> tokenizers.Tokenizer:
     if not (vocab.is_file() and merges.is_file()):
         tried = "tokenizer.json, tokenizer.model, vocab.txt, vocab.json with merges.txt"
         raise OSError(f"no tokenizer in {directory}: looked for {tried}")
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
+    backend = tokenizers.Tokenizer(vocabulary(tokenizers.models.BPE, vocab, merges))
     if kind == "roberta":
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     else:
@@ -333,6 +335,14 @@ def from_vocabulary(directory: Path, kind: str) -> tokenizers.Tokenizer:
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), as_bytes])
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def vocabulary(model: type, *files: Path, **options):
+    """A model of the tokenizers library from files. Raises ValueError naming them."""
+    try:
+        return model.from_file(*map(str, files), **options)
+    except Exception as e:  # the library raises nothing more special
+        raise ValueError(f"{' or '.join(map(str, files))}: not readable ({e})") from None
 
 
 def prepare_tokenizer(tokenizer: Tokenizer, kind: str, to: str) -> tuple[dict[str, int], dict[str, int]]:

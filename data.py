@@ -148,12 +148,13 @@ def parse_json_line(line: str):
 
 def _read_json(path: Path):
     """A list of records, or an object of which one value is a list."""
+    text = "".join(_whole_lines(path))
     try:
-        value = json.loads("".join(_whole_lines(path)))
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         advice = "name it .jsonl if it holds one object per line" if error.msg == "Extra data" else "repair it"
         raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno}); {advice}") from error
-    except RecursionError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}:1: not usable JSON ({error})") from error
     lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else [value]
     if len(lists) != 1 or not isinstance(lists[0], list):

@@ -134,8 +134,8 @@ def source(spec: str) -> Source:
     known = {"empty": (), "masks": ("length",), "uniform": ("length",), "draft": ()}
     kind, arguments = parse_spec(spec, known, "x0_sampler")
     length = arguments.get("length", {"masks": 64, "uniform": 100}.get(kind, 0))
-    if length < 0 or length != int(length):
-        raise ValueError(f"x0_sampler {spec!r}: length must be a whole number of tokens, at least 0")
+    if not 0 <= length <= 10**6 or length != int(length):
+        raise ValueError(f"x0_sampler {spec!r}: length must be a whole number of tokens, at least 0, at most 1000000")
     return Source(kind, int(length))
 
 

@@ -24,6 +24,7 @@ execution.py. Without it the programs are written and not judged. They are alway
 evalplus is installed, and a whole task has been answered, its much larger test sets judge them as well.
 """
 
+import argparse
 import datetime
 import hashlib
 import importlib.metadata
@@ -125,7 +126,7 @@ def mbpp_tests(record: dict) -> list[str]:
 
 
 def mbpp_right(record: dict, response: str) -> bool:
-    tests = [*record.get("test_imports", []), *mbpp_tests(record)]
+    tests = [*(record.get("test_imports") or []), *mbpp_tests(record)]
     return execution.run(mbpp_program(record, response), "\n".join(tests)).passed
 
 
@@ -252,9 +253,20 @@ def _checked(task: Task, place: str, record) -> dict:
     if isinstance(record, ValueError):
         raise ValueError(f"{place}: {record}")
     for name in task.fields:
-        if not isinstance(record, dict) or not isinstance(record.get(name), str):
+        if not isinstance(record, dict) or not is_text(record.get(name)):
             raise ValueError(f"{place}: needs a field {name!r} that holds text; is this the right file for the task?")
+    if record.get("draft") is not None and not is_text(record["draft"]):
+        raise ValueError(f"{place}: the field 'draft' must hold text")
+    for name in ("test_list", "test_imports"):  # of mbpp, both optional
+        lines = record.get(name) or []
+        if task.program and not (isinstance(lines, list) and all(map(is_text, lines))):
+            raise ValueError(f"{place}: the field {name!r} must hold a list of texts")
     return record
+
+
+def is_text(value) -> bool:
+    """Whether a value is a string that can be written as UTF-8: JSON can spell half a character."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _name(task: str, id) -> str:
@@ -319,17 +331,32 @@ def read_rows(path: Path) -> dict[str, dict]:
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)
+            if not isinstance(row["key"], str):
+                raise TypeError
             rows[row["key"]] = row
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(f"{path}:{number}: not a row of evaluate.py; move the file away to start anew") from None
     return rows
 
 
+ROW = {  # fields of a row, beside its verdicts, that are read again
+    "prompt": str, "response": str, "draft": str | None, "tokens": int, "mask_passes": int, "edit_passes": int,
+    "seconds": float | int,
+}  # fmt: skip
+
+
 def all_rows(name: str, out: Path) -> dict[str, dict]:
-    """The rows of a task from every rank. Where two ranks have one (their number has changed), a judged one wins."""
+    """The rows of a task from every rank. Where two ranks have one (their number has changed), a judged one wins.
+    Raises ValueError naming the file, and the line or the field."""
     rows, verdict = {}, next(iter(TASKS[name].checks))
+    fields = ROW | {part + check: bool | None for check in TASKS[name].checks for part in ("draft_", "")}
     for path in sorted(out.glob(f"{name}.rank*.jsonl")):
         for key, row in read_rows(path).items():
+            for field, kind in fields.items():
+                if field not in row or not isinstance(row[field], kind):
+                    raise ValueError(
+                        f"{path}: the row of key {key!r} lacks a usable {field!r}; move the file away to start anew"
+                    )
             if key not in rows or rows[key][verdict] is None:
                 rows[key] = row
     return rows
@@ -494,12 +521,14 @@ def parse_args(argv=None):
     n, at_least_1 = cli.number, cli.number(int, low=1)
     a = f.add_argument
     a("--path", "-p", required=True, help="checkpoint directory or hub id")
-    a("--task", "-t", nargs="+", default=["gsm8k", "humaneval", "mbpp", "math500"], help=f"of {', '.join(TASKS)}")
-    a("--data", nargs="+", default=[], metavar="TASK=PATH", help="file, folder or hub dataset of a task")
+    a("--task", "-t", type=task_name, nargs="+", default=["gsm8k", "humaneval", "mbpp", "math500"],
+      help=f"of {', '.join(TASKS)}")
+    a("--data", type=task_data, nargs="+", default=[], metavar="TASK=PATH",
+      help="file, folder or hub dataset of a task")
     a("--data_dir", help="folder with " + ", ".join(t.file for t in TASKS.values() if t.file) + "; default: the hub")
     a("--output_dir", default="evaluation", help="rows, merged rows, summary.json; a run found here is continued")
     a("--limit", type=at_least_1, help="only the first samples of each task")
-    a("--system_prompt", help='instead of that of the task; "" for none')
+    a("--system_prompt", type=cli.text, help='instead of that of the task; "" for none')
     a("--seed", type=n(int, low=0), default=42, help="of everything random")
     a("--batch_size", type=at_least_1, default=8, help="samples decoded together; changes the speed, not the answers")
     a("--show_answers", type=n(int, low=0), default=0, help="print the first answers of each task with their verdicts")
@@ -508,19 +537,36 @@ def parse_args(argv=None):
     sampler.decoding_flags(f, temperature=0.0, init_num=None)
     args = f.parse_args(argv)
     sampler.check_decoding(f, args)
+    names = [name for name, _ in args.data]
+    for name in names:
+        if name not in args.task:
+            f.error(f"--data {name}: --task does not name it ({', '.join(args.task)})")
+        if names.count(name) > 1:
+            f.error(f"--data {name}: given twice; name a folder where there are several files")
+        if name in data.TOY_SOURCES:
+            f.error(f"--data {name}: this task makes its own data")
     return args
 
 
+def task_name(text: str) -> str:
+    """An argparse type: a key of TASKS."""
+    if text not in TASKS:
+        raise argparse.ArgumentTypeError(f"unknown task {text!r}; the tasks are {', '.join(TASKS)}")
+    return text
+
+
+def task_data(text: str) -> tuple[str, str]:
+    """An argparse type: TASK=PATH as (task, path)."""
+    name, _, path = text.partition("=")
+    if not path:
+        raise argparse.ArgumentTypeError(f"expected TASK=PATH, got {text!r}")
+    return task_name(name), path
+
+
 def sources(args) -> dict[str, str | None]:
-    """Where the data of each task is; None for what the table says. Raises ValueError for an unknown task, a package
-    that is missing and a file that is not there: before the model is loaded."""
-    given = dict(item.partition("=")[::2] for item in args.data)
-    for name in [*args.task, *given]:
-        if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}; the tasks are {', '.join(TASKS)}")
-    for name, path in given.items():
-        if not path or name not in args.task:
-            raise ValueError(f"--data {name}: write {name}=PATH, for a task that --task names ({', '.join(args.task)})")
+    """Where the data of each task is; None for what the table says. Raises ValueError for a package that is missing
+    and a file that is not there: before the model is loaded."""
+    given = dict(args.data)
     found = {}
     for name in dict.fromkeys(args.task):
         task = TASKS[name]
@@ -557,15 +603,18 @@ def load(args, checkpoint: Path) -> tuple[Callable[..., list[Answer]], Callable,
     """(generate, check_lengths, method) of a checkpoint. check_lengths(samples, init_num) raises ValueError for the
     first question that leaves no room for an answer: now, and not hours later when its turn comes."""
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    model = models.load(str(checkpoint), device=device, dtype=torch.bfloat16 if args.bf16 else torch.float32).eval()
-    tokenizer, method = data.load_tokenizer(checkpoint), model.config.nanoedit["method"]
+    model, tokenizer = sampler.load(checkpoint, device, args.bf16)
+    method = model.config.nanoedit["method"]
     if method == "medlm":
         medlm.special_tokens(tokenizer)
 
     def check_lengths(samples: list[Sample], init_num: int) -> None:
         for sample in samples:
-            prompt = data.encode_prompt(sample.messages, tokenizer)
-            sampler.check_room(model, [prompt], init_num if method == "medlm" else 1, f"question {sample.id}")
+            prompt, draft, room = data.encode_prompt(sample.messages, tokenizer), sample.record.get("draft"), init_num
+            if method == "editflow":
+                drafts = None if draft is None else [sampler.draft_ids(tokenizer, draft)]
+                room = max(1, len(sampler.starts(model, tokenizer, [prompt], [sample.seed], args, drafts)[0]))
+            sampler.check_room(model, [prompt], room, f"question {sample.id}")
 
     return generator(model, tokenizer, args), check_lengths, method
 
@@ -576,6 +625,8 @@ def main(argv=None) -> None:
     where = sources(args)
     samples = {n: load_samples(n, path, args.limit, args.seed, args.system_prompt) for n, path in where.items()}
     out = open_folder(args.output_dir)
+    for name in samples:
+        all_rows(name, out)  # raises for a broken file of an earlier run
     checkpoint = models.local_path(args.path)
     generate, check_lengths, method = load(args, checkpoint)
     settings = {"method": method} | {flag: getattr(args, flag) for flag in DECODING[method]}

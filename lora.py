@@ -11,6 +11,7 @@ Only A, B and the heads get gradients, optimizer state and a place in checkpoint
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -172,16 +173,26 @@ def save(model: nn.Module, directory: str, base: str, state: dict | None = None)
         (directory / name).write_text(json.dumps(value, indent=2, sort_keys=True), encoding="utf-8")
 
 
+ADAPTER_FIELDS = {  # of adapter_config.json, those read again: what each must be
+    "r": ("a whole number from 1 to 65536", lambda r: type(r) is int and 1 <= r <= 65536),
+    "lora_alpha": ("a number", lambda alpha: type(alpha) in (int, float) and math.isfinite(alpha)),
+    "lora_dropout": ("a number from 0 to 1", lambda p: type(p) in (int, float) and 0 <= p <= 1),
+    "base_model_name_or_path": ("a directory or hub id", lambda base: isinstance(base, str) and base.strip()),
+}
+
+
 def read_adapter_config(directory: Path) -> dict:
-    """adapter_config.json. Raises ValueError naming the file."""
+    """adapter_config.json. Raises ValueError naming the file and the field."""
     file = directory / "adapter_config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        missing = {"r", "lora_alpha", "base_model_name_or_path"} - set(config)
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{file}: not valid ({e})") from None
-    if missing:
-        raise ValueError(f"{file}: field {sorted(missing)[0]!r} is missing")
+        config = {"lora_dropout": 0.0} | json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"{file}: not a JSON object ({e})") from None
+    if missing := sorted(ADAPTER_FIELDS.keys() - config.keys()):
+        raise ValueError(f"{file}: field {missing[0]!r} is missing")
+    for field, (what, fits) in ADAPTER_FIELDS.items():
+        if not fits(config[field]):
+            raise ValueError(f"{file}: field {field!r} must be {what}, found {str(config[field])[:80]!r}")
     return config
 
 
@@ -189,9 +200,12 @@ def load(directory: str, device="cpu", dtype=torch.float32, method=None, four_bi
     """The base model of a directory that `save` wrote, with its adapters, unmerged. Raises OSError / ValueError."""
     directory = Path(directory)
     settings = read_adapter_config(directory)
-    model = models.load(settings["base_model_name_or_path"], device, dtype, method)
+    base = models.local_path(settings["base_model_name_or_path"])
+    if (base / "adapter_config.json").is_file():
+        raise ValueError(f"{directory}/adapter_config.json: the base model {base} holds adapters itself")
+    model = models.load(base, device, dtype, method)
     model.config = models.complete_config(models.read_config(directory))
-    add(model, settings["r"], settings["lora_alpha"], settings.get("lora_dropout", 0.0), four_bit)
+    add(model, settings["r"], settings["lora_alpha"], settings["lora_dropout"], four_bit)
     if str(model.config.nanoedit.get("x0_sampler")).startswith("uniform") and not hasattr(model, "unigram"):
         model.set_unigram(torch.ones(model.config.vocab_size, device=device))
     state = model.state_dict()

@@ -437,6 +437,16 @@ PRESETS = {
 }  # fmt: skip
 
 
+OPTIONAL_SIZES = (
+    "num_key_value_heads", "head_dim", "local_attention", "global_attn_every_n_layers", "type_vocab_size",
+)  # fmt: skip
+SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings", *OPTIONAL_SIZES,
+)  # fmt: skip
+SCALES = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "rope_theta", "global_rope_theta", "local_rope_theta")
+
+
 def complete_config(raw: dict) -> SimpleNamespace:
     """A Hugging Face config.json with its gaps filled, so that backbones can read every field they need.
 
@@ -451,6 +461,9 @@ def complete_config(raw: dict) -> SimpleNamespace:
     if "d_model" in raw:
         raw |= llada_config(raw)
     rope = raw.get("rope_parameters") or {}  # as transformers 5 writes it: theta and scaling, for ModernBERT twice
+    parts = [rope.get(key, {}) for key in ("full_attention", "sliding_attention")] if isinstance(rope, dict) else [rope]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"config.json: field 'rope_parameters' must be an object, found {rope!r}")
     if "rope_theta" in rope:
         raw |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope}
     if "full_attention" in rope:
@@ -459,13 +472,30 @@ def complete_config(raw: dict) -> SimpleNamespace:
             "local_rope_theta": rope["sliding_attention"]["rope_theta"],
         }
     c = SimpleNamespace(**ARCHITECTURES[kind][1] | raw | {"model_type": kind})
-    c.nanoedit = dict(raw.get("nanoedit", {}))
+    c.nanoedit = raw.get("nanoedit", {})
+    if not isinstance(c.nanoedit, dict):
+        raise ValueError(f"config.json: field 'nanoedit' must be an object, found {c.nanoedit!r}")
+    c.nanoedit = dict(c.nanoedit)
+    if c.nanoedit.get("method", "medlm") not in list(METHODS):
+        raise ValueError(f"config.json: method {c.nanoedit['method']!r} is not known; one of {', '.join(METHODS)}")
+    for field in ("schedule", "x0_sampler"):
+        if not isinstance(c.nanoedit.get(field, ""), str):
+            raise ValueError(f"config.json: {field} must be text, found {c.nanoedit[field]!r}")
     if str(raw["model_type"]).lower().startswith("editflow-"):
         c.published_as = raw["model_type"]  # written back by `save`
-    for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+    for field in SIZES:
         size = getattr(c, field, None)
-        if not isinstance(size, int) or size < 1:
+        if (type(size) is not int or size < 1) and not (size is None and field in OPTIONAL_SIZES):
             raise ValueError(f"config.json: field {field!r} must be a positive integer, found {size!r}")
+    for field in SCALES:
+        scale = getattr(c, field, 1.0)
+        if type(scale) not in (int, float) or not 0 < scale < math.inf:
+            raise ValueError(f"config.json: field {field!r} must be a number above 0, found {scale!r}")
+    if c.hidden_size % c.num_attention_heads and not getattr(c, "head_dim", None):
+        heads = f"num_attention_heads {c.num_attention_heads}"
+        raise ValueError(f"config.json: hidden_size {c.hidden_size} must be a multiple of {heads}")
+    if not isinstance(getattr(c, "rope_scaling", None), dict | None):
+        raise ValueError(f"config.json: field 'rope_scaling' must be an object, found {c.rope_scaling!r}")
     is_decoder = ARCHITECTURES[kind][0] is Decoder
     for field in ("hidden_act", "hidden_activation"):
         if raw.get(field, "silu" if is_decoder else "gelu") != ("silu" if is_decoder else "gelu"):
@@ -473,6 +503,12 @@ def complete_config(raw: dict) -> SimpleNamespace:
     if is_decoder:
         c.num_key_value_heads = c.num_key_value_heads or c.num_attention_heads
         c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
+        if c.head_dim % 2:
+            raise ValueError(f"config.json: head_dim {c.head_dim} must be even: positions turn pairs of numbers")
+        try:
+            rotary(torch.zeros(1), c.head_dim, c.rope_theta, c.rope_scaling)
+        except (LookupError, TypeError, ZeroDivisionError):
+            raise ValueError(f"config.json: rope_scaling {c.rope_scaling!r} lacks a number of its type") from None
         if c.num_attention_heads % c.num_key_value_heads:
             raise ValueError(
                 f"config.json: num_attention_heads {c.num_attention_heads} must be a multiple of num_key_value_heads "
@@ -637,13 +673,17 @@ def weighted_nll(hidden: Tensor, head: nn.Linear, row: Tensor, token: Tensor, we
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 
-def build(method: str, preset: str, vocab_size: int, *, time_conditioned=False, seed=0, **nanoedit) -> nn.Module:
-    """A new model with random weights. preset: a key of PRESETS. `nanoedit` goes into the checkpoint's config."""
+def preset_sizes(preset: str) -> dict:
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset!r} is not known; choose from {', '.join(PRESETS)}")
+    return PRESETS[preset]
+
+
+def build(method: str, preset: str, vocab_size: int, *, time_conditioned=False, seed=0, **nanoedit) -> nn.Module:
+    """A new model with random weights. preset: a key of PRESETS. `nanoedit` goes into the checkpoint's config."""
     nanoedit = {"method": method, "time_conditioned": time_conditioned} | nanoedit
     config = complete_config(
-        {"model_type": "llama", "vocab_size": vocab_size} | PRESETS[preset] | {"nanoedit": nanoedit}
+        {"model_type": "llama", "vocab_size": vocab_size} | preset_sizes(preset) | {"nanoedit": nanoedit}
     )
     model = METHODS[method](config)
     generator = torch.Generator().manual_seed(seed)
@@ -702,7 +742,7 @@ def checkpoint_step(directory: Path) -> float:
     """How far a checkpoint-* directory of a run is trained; -1 where nothing tells."""
     try:
         return json.loads((directory / "train_state.json").read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         name = directory.name.removeprefix("checkpoint-")
         return math.inf if name == "final" else int(name) if name.isdecimal() else -1
 
@@ -716,7 +756,7 @@ def read_config(directory: Path) -> dict:
         )
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{file}: not valid JSON ({e})") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(raw).__name__}")
@@ -743,7 +783,7 @@ def indexed_files(index: Path, what: str) -> dict[str, Path]:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {name: index.parent / file for name, file in names.items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{index}: not {what} ({e})") from None
     for file in sorted(set(files.values())):
         if not file.is_file():

@@ -8,7 +8,9 @@ Edit Flows: --tau is the time step of the chain (1 / --steps). ME-DLM: --mask_di
 masks, then up to --edit_diffusion_step passes edit the draft.
 """
 
+import itertools
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ def parse_args(argv=None):
     a = f.add_argument
     a("--model_name_or_path", required=True, help="checkpoint directory, the output directory of train.py, or a hub id")
     what = f.add_mutually_exclusive_group()
-    what.add_argument("--prompt", nargs="+", help="one or more prompts; without any: text from scratch")
+    what.add_argument("--prompt", type=cli.text, nargs="+", help="one or more prompts; without any: text from scratch")
     what.add_argument(
         "--prompt_file", help="many prompts in one batch: one per line (.txt) or record (.jsonl, .json, ...)"
     )
@@ -41,7 +43,7 @@ def parse_args(argv=None):
         default=True,
         help="wrap prompts in the checkpoint's chat template, if it was trained with one",
     )
-    a("--draft", help="a text to start from instead of masks or nothing (Edit Flows)")
+    a("--draft", type=cli.text, help="a text to start from instead of masks or nothing (Edit Flows)")
     a("--num_samples", type=positive, default=1, help="texts per prompt, with seeds seed, seed + 1, ...")
     a("--batch_size", type=positive, default=32, help="texts generated at once")
     a("--seed", type=n(int, low=0), default=0, help="of the first text of each prompt")
@@ -60,6 +62,19 @@ def parse_args(argv=None):
     clashes |= {"--make_gif": args.make_gif, "--make_html": args.make_html}
     for name in [name for name, given in clashes.items() if args.interactive and given]:
         f.error(f"{name} does not go with --interactive")
+    start = editflow.source(args.x0_sampler).kind if args.x0_sampler else "draft"
+    if args.draft is not None and (args.mask_length is not None or start != "draft"):
+        f.error("--draft is where to start; leave out --mask_length and --x0_sampler")
+    if args.draft is None and args.x0_sampler and start == "draft":
+        f.error("--x0_sampler draft starts from a text: give it with --draft")
+    files = {
+        "--prompt_file": args.prompt_file, "--output": None if args.output == "-" else args.output,
+        "--make_gif": args.make_gif, "--make_html": args.make_html,
+    }  # fmt: skip
+    given = [(flag, os.path.realpath(file)) for flag, file in files.items() if file]
+    for (flag, file), (other, same) in itertools.combinations(given, 2):
+        if file == same:
+            f.error(f"{flag} and {other} name the same file")
     return args
 
 
@@ -67,9 +82,9 @@ def decoding_flags(f: cli.Flags, temperature: float = 1.0, init_num: int | None 
     """How to decode, for both methods: shared with evaluate.py."""
     n, positive = cli.number, cli.number(int, low=1)
     e = f.add_argument_group("Edit Flows").add_argument
-    e("--tau", type=n(above=0, high=1), help="time step of the chain; 0.01 (the default) makes 100 steps")
+    e("--tau", type=n(low=1e-6, high=1), help="time step of the chain; 0.01 (the default) makes 100 steps")
     e("--steps", type=positive, help="the same as a number of steps")
-    e("--x0_sampler", help="where to start (default: as in training)")
+    e("--x0_sampler", type=cli.spec(editflow.source), help="where to start (default: as in training)")
     e("--mask_length", type=n(int, low=0), help="start from this many masks")
     e("--temperature", type=n(low=0), default=temperature, help="of the token distributions; 0 takes the likeliest")
     e("--top_k", type=n(int, low=0), default=0, help="draw from the k most likely tokens (0: all)")
@@ -86,7 +101,7 @@ def decoding_flags(f: cli.Flags, temperature: float = 1.0, init_num: int | None 
 def check_decoding(f: cli.Flags, args) -> None:
     if args.tau and args.steps:
         f.error("--tau and --steps say the same thing; give one of them")
-    if args.mask_length is not None and args.x0_sampler:
+    if args.mask_length is not None and args.x0_sampler is not None:
         f.error("--mask_length N means --x0_sampler masks[length:N]; give one of them")
 
 
@@ -98,6 +113,16 @@ class Text:
     details: dict
 
 
+def load(directory: Path, device: str, bf16: bool):
+    """(model, tokenizer) of a checkpoint. Raises OSError / ValueError, also where the two do not belong together."""
+    model = models.load(directory, device=device, dtype=torch.bfloat16 if bf16 else torch.float32).eval()
+    tokenizer = data.load_tokenizer(directory)
+    known, rows = tokenizer.vocab_size, model.config.vocab_size
+    if known > rows:
+        raise ValueError(f"{directory}: the tokenizer has {known} tokens, but the model only {rows} rows for them")
+    return model, tokenizer
+
+
 def generate(model, tokenizer, prompts, seeds, args, drafts=None, on_step=None) -> list[Text]:
     """Answer prompts (lists of token ids) in one batch with the checkpoint's own method and the settings in args.
 
@@ -106,7 +131,7 @@ def generate(model, tokenizer, prompts, seeds, args, drafts=None, on_step=None) 
     is_medlm = model.config.nanoedit["method"] == "medlm"
     if is_medlm and drafts:
         raise ValueError("--draft is for Edit Flows checkpoints; ME-DLM writes its draft itself")
-    x0 = None if is_medlm else starts(model, tokenizer, seeds, args, drafts)
+    x0 = None if is_medlm else starts(model, tokenizer, prompts, seeds, args, drafts)
     check_room(model, prompts, args.init_num if is_medlm else max(1, *map(len, x0)))
     if is_medlm:
         decoded = medlm.decode(
@@ -143,7 +168,7 @@ def check_room(model, prompts: list[list[int]], room: int, what: str = "a prompt
         )
 
 
-def starts(model, tokenizer, seeds: list[int], args, drafts=None) -> list[list[int]]:
+def starts(model, tokenizer, prompts, seeds: list[int], args, drafts=None) -> list[list[int]]:
     """x0 for Edit Flows, as the flags ask or else as in training."""
     spec = args.x0_sampler or model.config.nanoedit.get("x0_sampler", "empty")
     if args.mask_length is not None:
@@ -156,6 +181,7 @@ def starts(model, tokenizer, seeds: list[int], args, drafts=None) -> list[list[i
         raise ValueError("starting from masks needs a mask token; `convert.py --to editflow` adds one")
     if start.kind == "uniform" and unigram is None:
         raise ValueError("starting from uniform needs the token frequencies of a checkpoint trained with that start")
+    check_room(model, prompts, start.length)  # before so many tokens are drawn
     return [
         start.draw(drafts and drafts[i], tokenizer.mask_id, unigram, torch.Generator().manual_seed(seed))
         for i, seed in enumerate(seeds)
@@ -187,19 +213,17 @@ def draft_ids(tokenizer, draft: str) -> list[int]:
 def main(argv=None):
     args = parse_args(argv)
     check_writable(args.output if args.output != "-" else None, args.make_gif, args.make_html)
-    directory = models.local_path(args.model_name_or_path)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = models.load(directory, device=device, dtype=torch.bfloat16 if args.bf16 else torch.float32).eval()
-    tokenizer = data.load_tokenizer(directory)
-    if args.interactive:
-        return interact(model, tokenizer, args)
-
+    conversations = [[{"role": "user", "content": p}] for p in args.prompt or []] or [[]]
     if args.prompt_file:
         conversations = data.read_prompts(args.prompt_file)
         if not conversations:
             raise ValueError(f"{args.prompt_file}: holds no prompt")
-    else:
-        conversations = [[{"role": "user", "content": p}] for p in args.prompt or []] or [[]]
+    directory = models.local_path(args.model_name_or_path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load(directory, device, args.bf16)
+    if args.interactive:
+        return interact(model, tokenizer, args)
+
     jobs = [(c, prompt_ids(tokenizer, c, args), args.seed + k) for c in conversations for k in range(args.num_samples)]
     draft = draft_ids(tokenizer, args.draft) if args.draft is not None else None
     is_medlm = model.config.nanoedit["method"] == "medlm"
@@ -212,7 +236,7 @@ def main(argv=None):
         trace = Trace(
             len(prompt), tokenizer.pieces, tokenizer.mask_id, tokenizer.pad_id, live=sys.stdout if args.show else None
         )
-    out = sys.stdout if args.output == "-" else open(args.output, "w", encoding="utf-8")  # noqa: SIM115
+    out = sys.stdout if args.output == "-" else None  # an older file is kept until there is something to write
     total = passes(model, args) * -(-len(jobs) // args.batch_size)
     with tqdm(total=total, unit="pass", file=sys.stderr, disable=bool(trace and trace.screen), leave=False) as bar:
         for i in range(0, len(jobs), args.batch_size):
@@ -233,6 +257,7 @@ def main(argv=None):
                     show_pair(trace)
                 elif args.show:
                     show(trace)
+            out = out or open(args.output, "w", encoding="utf-8")  # noqa: SIM115
             for (messages, _, seed), text in zip(batch, texts):
                 write_result(out, messages, tokenizer.decode(text.ids), seed, text.details, len(jobs))
     if out is not sys.stdout:
@@ -256,9 +281,12 @@ def check_writable(*files) -> None:
     """Raises OSError now rather than after the work is done."""
     for file in filter(None, files):
         try:
+            is_new = not Path(file).exists()
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             with open(file, "a", encoding="utf-8"):
                 pass
+            if is_new:
+                Path(file).unlink()
         except OSError as e:
             raise OSError(f"{file}: cannot be written ({e.strerror or e}); choose another path") from None
 

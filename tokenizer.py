@@ -233,18 +233,27 @@ class SentencePiece:
         return {i: AddedToken(token, special=True) for token, i in self.added.items()}
 
 
-def load_tokenizer(directory) -> Tokenizer:
-    """Opens a tokenizer folder. Raises OSError when there is none, ValueError when a file in it is broken."""
+def load_tokenizer(directory, backend=None) -> Tokenizer:
+    """Opens a tokenizer folder. Raises OSError when there is none, ValueError when a file in it is broken.
+
+    backend: instead of what tokenizer.json or tokenizer.model holds.
+    """
     directory = Path(directory)
-    config = _read_json(directory / "tokenizer_config.json")
+    settings = directory / "tokenizer_config.json"
+    config = read_json(settings)
     added = config.pop("added_tokens_decoder", {})
-    names = _special_names(_read_json(directory / "special_tokens_map.json")) | _special_names(config)
+    names = _special_names(read_json(directory / "special_tokens_map.json")) | _special_names(config)
     template = _chat_template(directory, config.pop("chat_template", None))
 
-    backend = _load_backend(directory)
-    missing = [token for _, token in sorted(added.items(), key=lambda item: int(item[0]))]
-    missing = [token["content"] for token in missing if backend.token_to_id(token["content"]) is None]
-    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in missing])
+    backend = backend or _load_backend(directory)
+    try:
+        missing = [token["content"] for _, token in sorted(added.items(), key=lambda item: int(item[0]))]
+        missing = [name for name in missing if backend.token_to_id(name) is None]
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in missing])
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+        raise ValueError(f"{settings}: added_tokens_decoder must map ids to objects with a text 'content'") from None
+    if not backend.get_vocab(with_added_tokens=True):
+        raise ValueError(f"{directory}: the tokenizer has an empty vocabulary")
     return Tokenizer(backend, config | names, template)
 
 
@@ -269,9 +278,18 @@ def _chat_template(directory: Path, in_config) -> str | None:
     """The template's own file first. In the config it is a string, or a list of named templates."""
     path = directory / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
-    if isinstance(in_config, list):
-        return {entry["name"]: entry["template"] for entry in in_config}.get("default")
+        try:
+            return path.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise ValueError(f"{path} is not UTF-8: {error}") from error
+    try:
+        if isinstance(in_config, list):
+            in_config = {entry["name"]: entry["template"] for entry in in_config}.get("default")
+    except (LookupError, TypeError):
+        in_config = 0
+    if not isinstance(in_config, str | None):
+        settings = directory / "tokenizer_config.json"
+        raise ValueError(f"{settings}: chat_template must be a text, or a list of objects with name and template")
     return in_config
 
 
@@ -298,6 +316,10 @@ def _compile_template(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
+MOST_TOKENS = 10**7
+LONG_RUN = re.compile(r"(\S{1000}|\s{1000})")  # BPE takes time that is quadratic in the longest word
+
+
 def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
     """Byte-level BPE, trained on an iterable of texts: any text can be written with it and comes back unchanged.
 
@@ -308,6 +330,8 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(special) + len(alphabet):
         raise ValueError(f"a vocabulary of {vocab_size} is too small: {len(special) + len(alphabet)} is the least")
+    if vocab_size > MOST_TOKENS:  # the library would reserve memory for all of them
+        raise ValueError(f"a vocabulary of {vocab_size} is too large: {MOST_TOKENS} is the most")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -316,7 +340,8 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
     )
-    backend.train_from_iterator(texts, trainer)
+    pieces = (piece for text in texts for piece in LONG_RUN.sub("\\1\0", text).split("\0"))
+    backend.train_from_iterator(pieces, trainer)
     return Tokenizer(backend, _new_config(), CHAT_TEMPLATE)
 
 
@@ -340,12 +365,13 @@ def _new_config() -> dict:
     return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokens}
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """A file that may be missing. Raises ValueError naming it when it does not hold an object."""
     if not path.exists():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold one JSON object")

@@ -49,8 +49,10 @@ def parse_args(argv=None):
 
     a("--model_name_or_path", "--model_cfg",
       help="checkpoint directory or hub id to start from; without it: a new model")
-    a("--preset", default="tiny", help=f"size of a new model: {', '.join(models.PRESETS)}")
-    a("--vocab_size", type=n(int, low=300), default=4096, help="size of the tokenizer trained for a new model")
+    a("--preset", type=cli.spec(models.preset_sizes), default="tiny",
+      help=f"size of a new model: {', '.join(models.PRESETS)}")
+    a("--vocab_size", type=n(int, low=300, high=10**7), default=4096,
+      help="size of the tokenizer trained for a new model")
     a("--parallel", choices=parallel.MODES, default="ddp",
       help="several processes: everything on each (ddp), the optimizer shared (zero1), weights too (fsdp)")
     f.flag("--reshard_after_forward", default=True,
@@ -64,7 +66,7 @@ def parse_args(argv=None):
     a("--lora_dropout", type=n(low=0, high=1), default=0.05, help="dropout in front of them")
     f.flag("--load_in_4bit", help="with --lora: keep the matrices of the blocks in 4 bits (NF4)")
 
-    a("--dataset_args", "--train_file", default="toy",
+    a("--dataset_args", "--train_file", type=cli.spec(data.parse_spec), default="toy",
       help="files, folders, hub ids or `toy`: name[train:N,test:M] + other")
     a("--text_field", default=None, help="field of a record that holds plain text")
     f.flag("--insert_eos", default=True, help="end texts and responses with the end-of-message token")
@@ -73,7 +75,8 @@ def parse_args(argv=None):
     f.flag("--skip_bad_records", help="count and skip broken records instead of stopping")
     a("--max_length", "--max_len", type=n(int, low=2), default=512, help="tokens per sample (per packed row for medlm)")
 
-    a("--num_train_epochs", type=n(above=0), default=1.0, help="passes over the data, unless max_steps is given")
+    a("--num_train_epochs", type=n(above=0, high=1e6), default=1.0,
+      help="passes over the data, unless max_steps is given")
     a("--max_steps", type=positive, default=None, help="optimizer steps")
     a("--per_device_train_batch_size", type=positive, default=32, help="sequences (packed rows for medlm) per process")
     a("--per_device_eval_batch_size", type=positive, default=32, help="the same for evaluation")
@@ -83,7 +86,7 @@ def parse_args(argv=None):
     a("--warmup_steps", type=n(int, low=0), default=0, help="linear warm-up")
     a("--warmup_ratio", type=n(low=0, high=1), default=0.0, help="the same as a share of all steps")
     a("--weight_decay", type=n(low=0), default=0.0, help="AdamW, on matrices only")
-    a("--adam_beta2", type=n(low=0, high=1), default=0.98, help="AdamW; 0.98 forgets a bad start sooner than 0.999")
+    a("--adam_beta2", type=n(low=0, below=1), default=0.98, help="AdamW; 0.98 forgets a bad start sooner than 0.999")
     a("--max_grad_norm", type=n(above=0), default=1.0, help="gradient clipping")
 
     a("--logging_steps", type=positive, default=10, help="steps between lines of metrics.jsonl")
@@ -100,9 +103,9 @@ def parse_args(argv=None):
       help="accepted likewise; batches are made in the main process")
 
     e = f.add_argument_group("Edit Flows").add_argument
-    e("--x0_sampler", default=None,
+    e("--x0_sampler", type=cli.spec(editflow.source), default=None,
       help="start: empty, masks[length:64], uniform[length:100], draft (default: the checkpoint's, else empty)")
-    e("--schedule", default=None,
+    e("--schedule", type=cli.spec(editflow.schedule), default=None,
       help="kappa: linear, cosine, cubic, cubic[a:A,b:B] (default: the checkpoint's, else cubic)")
     e("--time_conditioned", type=cli.boolean, nargs="?", const=True, default=False, metavar="BOOL",
       help="a new model sees t")

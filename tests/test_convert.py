@@ -822,19 +822,6 @@ def test_hub_checkpoints_of_pytorch_files_are_fetched_in_a_second_step(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--x0_sampler", "masks[length:x]"], "x0_sampler"),
-        (["--schedule", "square"], "schedule"),
-    ],
-)
-def test_bad_settings(tmp_path, good, flags, message):
-    with pytest.raises(ValueError, match=message):
-        run(good, tmp_path / "out", "editflow", *flags)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
     "flags", [["--to", "gguf"], ["--to", "hf", "--schedule", "linear"], ["--to", "hf", "--seed", "-1"]]
 )
 def test_bad_flags(tmp_path, good, flags, capsys):

@@ -443,8 +443,8 @@ def test_ctrl_c_and_errors_as_the_shell_sees_them(tmp_path):
     assert models.load(out).config.nanoedit["method"] == "editflow"
 
     _, err = bad.communicate(timeout=120)
-    assert bad.returncode == 1
-    assert err.splitlines()[-1].startswith("train.py: error: schedule 'quartic' is not known; choose from linear")
+    assert bad.returncode == 2
+    assert "error: argument --schedule: schedule 'quartic' is not known; choose from linear" in err.splitlines()[-1]
     assert "Traceback" not in err
 
 
