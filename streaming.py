@@ -286,7 +286,7 @@ class Corpus:
         try:
             if isinstance(record, ValueError):
                 raise record
-            if "corpus" in record and data.suffix(file) == ".txt":
+            if data.suffix(file) == ".txt":
                 return [record]
             if file not in self.forms:
                 self.forms[file] = data.detect_form(record, self.text_field)

@@ -34,6 +34,7 @@ import data
 import evaluate
 import models
 import sample
+import streaming
 import train
 
 SECONDS = 20  # after which a command counts as hanging
@@ -53,6 +54,7 @@ COMMANDS = {  # each works in `world`
     "train from shards": (train, f"{TRAIN} {TOY} --model_name_or_path shards"),
     "train from sentencepiece": (train, f"{TRAIN} {TOY} --model_name_or_path spiece"),
     "train on": (train, f"{TRAIN} --max_length 64"),
+    "train streamed": (train, f"{TRAIN} --max_length 64 --streaming"),
     "train again": (train, f"{TRAIN} {TOY} --output_dir run --max_steps 2"),
     "train adapters again": (
         train, f"{TRAIN} {TOY} --lora --model_name_or_path flow --output_dir adapted --max_steps 2",
@@ -207,6 +209,7 @@ def run(monkeypatch, capsys):
         return end.value.code, capsys.readouterr().err
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    monkeypatch.setattr(streaming, "WAITS", (0.01,))
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     signal.signal(signal.SIGALRM, stop)
     yield start
@@ -397,6 +400,8 @@ BARE = {  # the least that a script asks for
 LACKING = [  # flags without which nothing goes
     Flag("train", ("--output_dir", "out"), "--method"),
     Flag("train", ("--method", "medlm"), "--output_dir"),
+    Flag("train", ("--streaming", *TOY.split(), *BARE["train"].split()), "--streaming"),
+    Flag("train", (*BARE["train"].split(), "--streaming", "--max_steps", "1", "--eval_strategy", "epoch"), "--stream"),
     Flag("train", (*BARE["train"].split(), "--lora"), "--lora adapts a checkpoint"),
     Flag("train", (*BARE["train"].split(), "--load_in_4bit"), "--load_in_4bit needs --lora"),
     Flag("sample", (), "--model_name_or_path"),
@@ -557,6 +562,7 @@ def broken_checkpoints():
 
 READERS = {  # what reads files of records, and the flag that names them
     "train on": ("--dataset_args", "{}"),
+    "train streamed": ("--dataset_args", "{}"),
     "sample prompts": ("--prompt_file", "{}"),
     "evaluate gsm8k": ("--data", "gsm8k={}"),
 }
@@ -580,15 +586,19 @@ def broken_records():
         for name, damages in RECORD_DAMAGES.items():
             if command == "evaluate gsm8k" and name == "data.txt":
                 continue  # no task is read from plain text
+            if command == "train streamed" and name == "data.json":
+                continue  # see `places`
             for file, ways in ((name, damages), (f"{name}.gz", PACKED)):
                 for how in ways:
                     yield Damage(command, file, how, file, (flag, value.format(file)))
         for line in LINES:
             text = f"{json.dumps(RECORDS[0])}\n{line}\n{json.dumps(RECORDS[1])}\n"
-            yield Damage(command, "data.jsonl", text, "data.jsonl:2:", (flag, value.format("data.jsonl")))
+            said = f"data.jsonl: byte {text.index(line, 2)}" if command == "train streamed" else "data.jsonl:2:"
+            yield Damage(command, "data.jsonl", text, said, (flag, value.format("data.jsonl")))
 
 
-NEED_DATA = {(command, ()) for command in ("train on", "evaluate gsm8k")}  # complete only with the flag of a case
+# complete only with the flag of a case
+NEED_DATA = {(command, ()) for command in ("train on", "train streamed", "evaluate gsm8k")}
 
 
 def with_field(command: str, file: str, field: str, said: str, *values) -> list[Damage]:
@@ -769,6 +779,10 @@ PLACES = [
           ("gsm8k=empty", "empty: the folder holds no data file"), ("gsm8k=data.txt", "data.txt:1: needs"),
           ("gsm8k=flow/model.safetensors", "flow/model.safetensors: cannot read")),
     Place("train on", ("--dataset_args", "data.jsonl", "--text_field", "nowhere"), "field 'nowhere'"),
+    *places("train streamed", "--dataset_args", ("data.json", "data.json: cannot be streamed"),
+            ("toy", "toy is made up in memory"), ("data.jsonl[train:3]", "leave train:3 out"), ("empty", "empty"),
+            ("nowhere.jsonl", "nowhere.jsonl: no such file"), ("http://localhost:1/a.jsonl", "a.jsonl: cannot be read"),
+            ("data.jsonl + data.parquet + nowhere", "nowhere: no such file")),
     Place("train from", ("--method", "medlm"), "flow: this is a checkpoint of method 'editflow'"),
     Place("train from", ("--time_conditioned",), "--time_conditioned"),
     Place("train from", ("--x0_sampler", "draft"), 'of the records have no "draft"'),
