@@ -126,7 +126,12 @@ def distribute(module: LossModule, mode: str, ranks: Ranks, reshard_after_forwar
     if mode == "fsdp":
         return shard(module, reshard_after_forward)
     device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(module.to(ranks.device), device_ids=device_ids, gradient_as_bucket_view=True)
+    call = DistributedDataParallel(module.to(ranks.device), device_ids=device_ids, gradient_as_bucket_view=True)
+    # DDP sorts its buckets anew after the first backward pass. With that behind us, a run that goes on adds gradients
+    # in the same order as one that never stopped.
+    call(lambda model: sum(p.sum() for p in model.parameters() if p.requires_grad)).backward()
+    call.zero_grad(set_to_none=True)
+    return call
 
 
 def shard(module: LossModule, reshard_after_forward: bool = True) -> LossModule:

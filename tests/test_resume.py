@@ -62,6 +62,7 @@ def logged(out):
         ("medlm", 2, "zero1", ""),
         ("editflow", 2, "fsdp", "--gradient_accumulation_steps 2"),
         ("medlm", 2, "fsdp", ""),
+        ("editflow", 4, "ddp", ""),  # sums of three and more depend on their order
     ],
 )
 def test_kill_9_at_any_moment_changes_nothing(kind, world, mode, more, tmp_path):
