@@ -7,26 +7,37 @@
     python bench.py decode             ME-DLM decoding against vocabulary logits on all rows
     python bench.py rollout            how much of a stage-3 step is not the model
     python bench.py packing --data F   how full packed rows are
+    python bench.py streaming          memory of a run on 5 GB
+    python bench.py plan               no measurement: memory and time that a training run will need (plan.py)
 
 One function per benchmark; `BENCHMARKS` at the end lists them. The contestants take turns, because the speed of a
 machine drifts; a ratio is the median over the turns.
 """
 
 import argparse
+import json
 import multiprocessing
+import os
 import resource
+import subprocess
+import sys
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import cli
 import data
 import editflow
 import medlm
 import models
+import plan
+import streaming
 from edit_distance import edit_scripts
 from ragged import Ragged
 
@@ -375,7 +386,52 @@ def bench_packing(args):
     )
 
 
+def bench_streaming(args):
+    """train.py --streaming on a generated corpus of so many gigabytes, and on a hundredth of it: peak resident memory,
+    and the seconds until the first step is done. Neither should depend on the size."""
+    rng = np.random.default_rng(args.seed)
+    words = ["".join(map(chr, rng.integers(97, 123, rng.integers(2, 12)))) for _ in range(5000)]
+    block = "".join(json.dumps({"text": " ".join(rng.choice(words, 200))}) + "\n" for _ in range(20000))
+    print("corpus GB   peak MB   seconds to step 1   MB/s of text read and parsed")
+    for gigabytes in (args.gigabytes / 100, args.gigabytes):
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            file = Path(folder, "corpus.jsonl")
+            with open(file, "w") as f:
+                while f.tell() < gigabytes * 1e9:
+                    f.write(block)
+            seconds, peak = streamed_run(file, Path(folder, "out"), args.steps)
+            size = file.stat().st_size / 1e9
+            print(f"{size:9.2f} {peak:9.0f} {seconds:19.1f} {reading_speed(file):30.0f}", flush=True)
+
+
+def streamed_run(file: Path, out: Path, steps: int) -> tuple[float, float]:
+    """(seconds until the first step is logged, peak resident MB) of train.py in a process of its own."""
+    flags = f"--method editflow --streaming --dataset_args {file} --output_dir {out} --max_steps {steps} "
+    flags += "--preset tiny --vocab_size 4096 --max_length 128 --x0_sampler masks[length:64] --eval_strategy no "
+    flags += "--per_device_train_batch_size 16 --logging_steps 1"
+    start = time.perf_counter()
+    run = subprocess.Popen([sys.executable, "train.py", *flags.split()], stderr=subprocess.DEVNULL)
+    while not (out / "metrics.jsonl").exists() and run.poll() is None:
+        time.sleep(0.05)
+    seconds = time.perf_counter() - start
+    _, status, usage = os.wait4(run.pid, 0)
+    if status:
+        raise SystemExit(f"train.py ended with status {os.waitstatus_to_exitcode(status)}")
+    return seconds, usage.ru_maxrss / 1024
+
+
+def reading_speed(file: Path) -> float:
+    """MB of text per second out of one lane, without tokenizer."""
+    corpus = streaming.Corpus(str(file), 0, 0, None, False)
+    lane = streaming.Lane(corpus, 0, 1, lambda pool, rng: [[record["text"] for _, record in pool]])
+    start, read = time.perf_counter(), 0
+    while read < 2e8 and lane.epoch == 0:
+        read += sum(map(len, lane.take()))
+    return read / 1e6 / (time.perf_counter() - start)
+
+
 BENCHMARKS = {
+    "streaming": bench_streaming,
     "edit_distance": bench_edit_distance,
     "attention": bench_attention,
     "loss": bench_loss,
@@ -383,6 +439,7 @@ BENCHMARKS = {
     "decode": bench_decode,
     "rollout": bench_rollout,
     "packing": bench_packing,
+    "plan": plan.main,
 }
 
 
@@ -423,13 +480,22 @@ def main():
     p = benchmarks.add_parser("rollout", parents=[common], help="ME-DLM stage 3: time outside the model")
     p.add_argument("--preset", default="small", help=f"one of {', '.join(models.PRESETS)}")
     p.add_argument("--batch", type=int, default=32, help="samples")
+    p = benchmarks.add_parser("streaming", parents=[common], help="memory of a run on a corpus that does not fit")
+    p.add_argument("--gigabytes", type=float, default=5.0, help="size of the corpus")
+    p.add_argument("--folder", help="where the corpus is made; default: the system's temporary folder")
+    p.add_argument("--steps", type=int, default=100)
     p = benchmarks.add_parser("packing", parents=[common], help="ME-DLM: how full packed rows are")
     p.add_argument("--data", required=True, help="a dataset spec, GSM8K's train.jsonl for example")
     p.add_argument("--max_length", type=int, default=2048)
+
+    p = benchmarks.add_parser(
+        "plan", help="memory and time of a training run", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    plan.add_flags(p)
 
     args = parser.parse_args()
     BENCHMARKS[args.benchmark](args)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -40,6 +40,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     q [T, H, hd]; k, v [T, KV, hd] with H a multiple of KV; returns [T, H, hd].
     window: None for full attention, else token i sees the tokens j with |i - j| <= window.
     """
+    q, k = q.to(v.dtype), k.to(v.dtype)  # norms on the way may have made them float32 (Qwen3 under autocast on CUDA)
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         from torch.nn.attention.varlen import varlen_attn
 

@@ -130,7 +130,7 @@ def distribute(module: LossModule, mode: str, ranks: Ranks, reshard_after_forwar
     # DDP sorts its buckets anew after the first backward pass. With that behind us, a run that goes on adds gradients
     # in the same order as one that never stopped.
     call(lambda model: sum(p.sum() for p in model.parameters() if p.requires_grad)).backward()
-    call.zero_grad(set_to_none=True)
+    clear_gradients(call)
     return call
 
 
@@ -161,6 +161,11 @@ def accumulating(module: nn.Module, last: bool):
         module.set_requires_gradient_sync(last)
     with contextlib.nullcontext() if last or not hasattr(module, "no_sync") else module.no_sync():
         yield
+
+
+def clear_gradients(call: nn.Module) -> None:
+    """DDP's gradients stay where they are, in its buckets: set to None, they would be made again, outside."""
+    call.zero_grad(set_to_none=not isinstance(call, DistributedDataParallel))
 
 
 def clip_gradients(parameters: list, max_norm: float) -> Tensor:

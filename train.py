@@ -373,7 +373,8 @@ def train(args, ranks: Ranks) -> int:
         state = {"step": step, "log": log.state(), "data": dataset.gather(position)}
         return save_checkpoint(out, name, model, tokenizer, optimizer, state, args, ranks)
 
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.bf16)
+    # without its cache: bf16 copies of weights made in a rollout have no place in the graph of the loss that follows
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
     pause = 0.2 if sys.stderr.isatty() else 20  # seconds between updates of the bar: a log file wants few
     with tqdm(total=steps, initial=step, disable=not ranks.is_main, unit="step", mininterval=pause) as bar:
         try:
@@ -413,13 +414,13 @@ def train(args, ranks: Ranks) -> int:
                 else:
                     optimizer.step()
                     log.add(parts, tokens, norm)
-                optimizer.zero_grad(set_to_none=True)
+                parallel.clear_gradients(call)
                 step += 1
                 bar.update()
                 if step % args.logging_steps == 0 or step == steps:
                     bar.set_postfix(log.write(step, optimizer.param_groups[0]["lr"]), refresh=False)
         except Stopped:
-            optimizer.zero_grad(set_to_none=True)  # of a step half done; it is done again
+            parallel.clear_gradients(call)  # of a step half done; it is done again
             saved = save(str(step))
             goes_on = f"saved in {saved}; {again(args)} goes on from there"
             if stop.fault:

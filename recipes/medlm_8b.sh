@@ -3,14 +3,14 @@
 #
 #   recipes/medlm_8b.sh TEXT.jsonl DIALOGUES.jsonl       {"text"} lines; {"history", "response"} lines
 #
-# Not run by us at this size. Eight-billion-parameter training needs sharded optimizer state (--parallel zero1), which
-# is not in train.py yet: plain DDP wants about 130 GB per GPU here.
+# Not run by us at this size. By `python bench.py plan` (computed) a step takes up to 57 GiB per GPU with --parallel fsdp, and
+# does not fit into 80 with ddp, with zero1, or with fsdp --reshard_after_forward False.
 set -euo pipefail
 TEXT=$(realpath "${1:?usage: recipes/medlm_8b.sh TEXT.jsonl DIALOGUES.jsonl}") TALK=$(realpath "${2:?usage: recipes/medlm_8b.sh TEXT.jsonl DIALOGUES.jsonl}")
 cd "$(dirname "$0")/.."
 COMMON="--method medlm --seed 3407 --max_len 2048 --warmup_steps 100 --logging_steps 1 --lr_scheduler_type cosine --bf16
   --gradient_checkpointing --learning_rate 5e-5 --num_train_epochs 1 --per_device_train_batch_size 1 --min_t 0.0 --max_t 1.0"
-RUN="torchrun --nproc_per_node 8 train.py $COMMON"
+RUN="torchrun --nproc_per_node 8 train.py --parallel fsdp $COMMON"
 
 python convert.py --to medlm -i GSAI-ML/LLaDA-8B-Base -o out/LLaDA-8B-Base
 $RUN --model_cfg out/LLaDA-8B-Base --train_file "$TEXT" --weight_decay 0.01 --gradient_accumulation_steps 32 \
