@@ -7,8 +7,8 @@ Where the memory of a step goes, in bytes, for P weights that are all trained:
     parameters        4 P    float32; --bf16 changes the arithmetic, not what is kept
     gradients         4 P    float32, from the backward pass to the update
     optimizer state   8 P    AdamW's two moments, float32
-    bf16 copies       2 P    --bf16: autocast casts each weight once per micro-batch and keeps the copy until the
-                             forward pass is over; without checkpointing the backward pass needs them, too
+    bf16 copies       2 P    --bf16: autocast casts a weight for every use; without checkpointing the backward pass
+                             needs the copies, with it one block's at a time
     vocabulary heads  8 D V  gradients of two heads [V, D], held from the loss on, and chunks of logits (weighted_nll)
     activations              what the backward pass will ask for, per token and block; with checkpointing the input of
                              every block, and one block in full at a time; and whatever lives shortly
@@ -57,7 +57,6 @@ from parallel import LossModule
 from ragged import Ragged
 
 GIB = 2**30
-AUTOCAST_CACHE = False  # as in train.py
 EARLIER = ", earlier micro-batches"  # than the last, which alone exchanges gradients
 LARGE = {
     "llada-8b": {
@@ -444,7 +443,7 @@ def simulate(args, on_gpu: bool = True, at_most: float = math.inf) -> Ledger:
 def micro_batch(args, module: LossModule, x: Ragged, ledger: Ledger, last: bool) -> None:
     earlier = "" if last else EARLIER
     with parallel.accumulating(module, last):
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16, cache_enabled=AUTOCAST_CACHE):
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16, cache_enabled=False):
             if args.method == "medlm" and args.stage == 3:
                 ledger.start("forward" + earlier)
                 module(lambda model: None)  # gathers what is in no block, once for all passes

@@ -195,11 +195,13 @@ def _draw_marker(draw, x, y, color) -> None:
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` multiples of 1, 2 or 5 times a power of ten between low and high."""
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    """Multiples of 1, 2 or 5 times a power of ten between low and high: at least one, at most count + 1."""
+    power = 10.0 ** math.floor(math.log10((high - low) / count))
+    for step in (power, 2 * power, 5 * power, 10 * power):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first <= count:
+            break
+    return [k * step for k in range(first, last + 1)]
 
 
 def _name(tick: float) -> str:

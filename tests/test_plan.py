@@ -86,7 +86,7 @@ def real_model(args, ranks):
 def real_step(args, module, call, optimizer) -> None:
     for m in range(args.gradient_accumulation_steps):
         with parallel.accumulating(call, last=m == args.gradient_accumulation_steps - 1):
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16, cache_enabled=plan.AUTOCAST_CACHE):
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16, cache_enabled=False):
                 loss, _ = call(*real_batch(args))
             loss.backward()
     parallel.clip_gradients([p for p in module.parameters() if p.requires_grad], 1.0)
@@ -235,8 +235,3 @@ def test_encoders_can_be_planned(tmp_path, kind):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     text = f"--model {tmp_path} --method editflow --gpus 2 --bf16 --max_length 256 --sample_length 100"
     assert plan.simulate(flags(text)).peak.total() > 0
-
-
-def test_autocast_is_modelled_as_train_sets_it():
-    source = (Path(plan.__file__).parent / "train.py").read_text()
-    assert ("cache_enabled=False" not in source) == plan.AUTOCAST_CACHE
