@@ -49,7 +49,7 @@ def prepare_output(args, ranks) -> tuple[Path, Path | None]:
             if (out / "metrics.jsonl").is_dir():
                 raise OSError("metrics.jsonl is a folder")
             for rest in [*out.glob(".writing-*"), *out.glob(".deleting-*")]:  # of a run that was killed
-                shutil.rmtree(rest)
+                shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
         except OSError as e:
             raise OSError(
                 f"--output_dir {out}: cannot be written to ({e.strerror or e}); choose another folder"
@@ -64,7 +64,7 @@ def prepare_output(args, ranks) -> tuple[Path, Path | None]:
 def clear_output(out: Path, args, ranks) -> None:
     """--overwrite_output_dir, once everything that the new run needs has been read."""
     if args.overwrite_output_dir and ranks.is_main:
-        for old in checkpoints(out):
+        for old in out.glob("checkpoint-*"):
             remove(old)
         (out / "metrics.jsonl").unlink(missing_ok=True)
     ranks.barrier()
@@ -79,12 +79,12 @@ def save_checkpoint(out: Path, name: str, model, tokenizer, optimizer, state: di
     is_saved = target in checkpoints(out) and json.loads((target / STATE).read_text())["step"] == state["step"]
     if any(ranks.gather(is_saved)):  # a run that was stopped where it had just saved
         return target
-    weights = parallel.gather_state(model, ranks)
+    weights = parallel.gather_state(model, ranks, lora.is_saved if args.lora else None)
     moments = parallel.gather_moments(model, optimizer, ranks)
     if ranks.is_main:
         try:
             if args.lora:
-                lora.save(model, partial, models.local_path(args.model_name_or_path), weights)
+                lora.save(model, partial, model.base, weights)
             else:
                 models.save(model, partial, weights)
             tokenizer.save(partial)
@@ -92,8 +92,10 @@ def save_checkpoint(out: Path, name: str, model, tokenizer, optimizer, state: di
             (partial / STATE).write_text(json.dumps(state | {"args": vars(args)}, indent=2))
             for file in partial.iterdir():
                 sync(file)
-            if target.exists():
-                remove(target)
+            sync(partial)
+            if target.exists():  # the end of a shorter run: kept until the new one is in its place
+                older = out / f"checkpoint-{json.loads((target / STATE).read_text())['step']}"
+                remove(target) if older.exists() else os.replace(target, older)
             os.replace(partial, target)
             sync(out)
         except (OSError, SafetensorError) as e:
@@ -136,6 +138,9 @@ def trim_metrics(file: Path, step: int) -> list[dict]:
     except (ValueError, LookupError, TypeError, RecursionError) as e:
         raise ValueError(f"{file}: not the metrics of a run ({e}); move it away to go on without") from None
     shorter = file.with_name(".writing-metrics")
-    shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(shorter, file)
+    try:
+        shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(shorter, file)
+    except OSError as e:
+        raise OSError(f"{file}: cannot be written to ({e.strerror or e})") from e
     return kept

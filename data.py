@@ -195,7 +195,7 @@ def _read_parquet(path: Path):
     try:
         with _open(path) as file:
             table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if path.name.endswith(".gz") else file)
-            rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
+            rows = (row for batch in table.iter_batches(batch_size=256) for row in batch.to_pylist())
             for number, record in enumerate(rows, 1):
                 yield f"{path}: record {number}", record
     except (pyarrow.ArrowException, gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -697,22 +697,12 @@ def pack(examples: list[Example], max_len: int) -> list[list[Example]]:
     return rows
 
 
-def batches(items: list, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1, start: int = 0):
-    """Batches (lists) of this rank in this epoch; the same number on every rank, no item twice.
-
-    items  examples, or rows of examples from `pack`
-    start  how many batches to skip, to go on where a run stopped: the order depends on (seed, epoch) only
-
-    Up to world - 1 items are left out, other ones in every epoch; the last batch may be smaller.
-    """
+def batches(items: list, batch_size: int, seed: int, epoch: int) -> Iterator[list]:
+    """The items (examples, or rows of examples from `pack`) in batches, each once, in an order that depends on
+    (seed, epoch) only. The last batch may be smaller."""
     order = np.random.default_rng([seed, epoch]).permutation(len(items))
-    mine = order[rank : len(items) - len(items) % world : world]
-    for at in range(start * batch_size, len(mine), batch_size):
-        yield [items[i] for i in mine[at : at + batch_size]]
-
-
-def batches_per_epoch(n_items: int, batch_size: int, world: int = 1) -> int:
-    return -(-(n_items // world) // batch_size)
+    for at in range(0, len(order), batch_size):
+        yield [items[i] for i in order[at : at + batch_size]]
 
 
 # ------------------------------------------------------------------------------------------------------------------

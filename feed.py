@@ -136,11 +136,12 @@ class StreamedData:
             return self.encoder.batches(examples, int(rng.integers(2**31)), 0)
 
         group = self.args.gradient_accumulation_steps * self.ranks.world
+        self.corpus.bad = self.corpus.too_long = 0  # samples and held-out records have been counted until here
         self.stream = streaming.Stream(self.corpus, self.ranks, group, batches_of, stored, step)
         self.take, self.position = self.stream.take, self.stream.position
 
     def gather(self, position: dict) -> dict:
         bad, too_long = map(sum, zip(*self.ranks.gather((self.corpus.bad, self.corpus.too_long))))
         if bad or too_long:
-            self.ranks.say(f"left out since the start: {bad} broken records, {too_long} longer than --max_length")
+            self.ranks.say(f"left out of this run so far: {bad} broken records, {too_long} longer than --max_length")
         return self.stream.gather(position)

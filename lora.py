@@ -141,6 +141,11 @@ class Linear4bit(nn.Module):
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 
+def is_saved(name: str) -> bool:
+    """Whether a tensor is part of what `save` writes: adapters and everything outside the backbone."""
+    return not name.startswith("model.") or ".lora_" in name
+
+
 def head_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of a state dict everything outside the backbone: vocabulary and rate heads, time embedding, token frequencies."""
     return {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
@@ -206,6 +211,7 @@ def load(directory: str, device="cpu", dtype=torch.float32, method=None, four_bi
     model = models.load(base, device, dtype, method)
     model.config = models.complete_config(models.read_config(directory))
     add(model, settings["r"], settings["lora_alpha"], settings["lora_dropout"], four_bit)
+    model.base = settings["base_model_name_or_path"]
     if str(model.config.nanoedit.get("x0_sampler")).startswith("uniform") and not hasattr(model, "unigram"):
         model.set_unigram(torch.ones(model.config.vocab_size, device=device))
     state = model.state_dict()

@@ -65,7 +65,10 @@ class Ranks:
             is_first = self.store.add("failed", 1) == 1
         except RuntimeError:  # the process that keeps the store is gone
             is_first = False
-        if is_first and isinstance(error, ValueError | OSError | MemoryError):
+        lost = isinstance(error, RuntimeError) and "onnection" in str(error)
+        if is_first and lost:
+            print(f"rank {self.rank} ends: the connection to another process, which has died, is lost", file=sys.stderr)
+        elif is_first and isinstance(error, ValueError | OSError | MemoryError):
             print(f"{os.path.basename(sys.argv[0])}: error: rank {self.rank}: {error}", file=sys.stderr)
         elif is_first:
             traceback.print_exception(error)
@@ -126,7 +129,9 @@ def distribute(module: LossModule, mode: str, ranks: Ranks, reshard_after_forwar
     if mode == "fsdp":
         return shard(module, reshard_after_forward)
     device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    call = DistributedDataParallel(module.to(ranks.device), device_ids=device_ids, gradient_as_bucket_view=True)
+    call = DistributedDataParallel(
+        module.to(ranks.device), device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
     # DDP sorts its buckets anew after the first backward pass. With that behind us, a run that goes on adds gradients
     # in the same order as one that never stopped.
     call(lambda model: sum(p.sum() for p in model.parameters() if p.requires_grad)).backward()
@@ -178,7 +183,7 @@ def lead(model: nn.Module, ranks: Ranks, function):
     beforehand how many it takes, with a model that no process has whole. Returns None on the others."""
 
     def announce(inputs):
-        shared = [inputs]
+        shared = [inputs and [z.to("cpu") for z in inputs]]
         dist.broadcast_object_list(shared, src=0)
         return shared[0] and [z.to(ranks.device) for z in shared[0]]
 
@@ -203,10 +208,15 @@ def whole(tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 
-def gather_state(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """The state dict of the whole model, on the CPU of rank 0; elsewhere empty. All processes must call."""
+def gather_state(model: nn.Module, ranks: Ranks, wanted=None) -> dict[str, Tensor]:
+    """The state dict of the whole model, on the CPU of rank 0; elsewhere empty. All processes must call.
+
+    wanted: says of a name whether it is; by default all are.
+    """
     state = {}
     for name, tensor in model.state_dict().items():
+        if wanted and not wanted(name):
+            continue
         tensor = whole(tensor)
         if ranks.is_main:
             state[name] = tensor.detach().cpu().contiguous()

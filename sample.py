@@ -174,7 +174,7 @@ def starts(model, tokenizer, prompts, seeds: list[int], args, drafts=None) -> li
     if args.mask_length is not None:
         spec = f"masks[length:{args.mask_length}]"
     start = editflow.source("draft" if drafts else spec)
-    unigram = getattr(model, "unigram", None)
+    unigram = model.unigram.cpu() if hasattr(model, "unigram") else None
     if start.kind == "draft" and not drafts:
         raise ValueError("this checkpoint edits drafts: give one with --draft, or another start with --x0_sampler")
     if start.kind == "masks" and tokenizer.mask_id is None:

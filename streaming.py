@@ -10,7 +10,8 @@
     pool    the next thousand records of a lane, or megabyte: tokenized, shuffled and dealt out before the next is read
 
 A lane stands at [epoch, piece, record, used]: where its pool begins, and how many micro-batches of it were handed out.
-That is all a checkpoint needs. A lane reads none of its records twice before it has read them all.
+That is all a checkpoint needs. An epoch is one of a lane: it reads none of its records twice before it has read them
+all, and may be a little ahead of the others.
 
 Files are local, behind an http(s) address, or on the hub; remote ones are read in ranges, with patience.
 """
@@ -38,6 +39,7 @@ LANES = 16
 PIECE = 1 << 20  # bytes, at most; small corpora are cut finer
 POOL_RECORDS, POOL_CHARACTERS = 1000, 1 << 20
 LONGEST_LINE = 1 << 26  # bytes
+PATIENCE = 5  # epochs in a row in which a lane may come out empty, as happens with few and long records
 WAITS = (0.5, 1, 2, 4, 8)  # seconds between attempts to read a remote file
 
 hurry = threading.Event()  # set when the run is to stop: nobody waits for a remote file any more
@@ -70,18 +72,20 @@ class RemoteFile:
         request.add_header("Accept-Encoding", "identity")
         if method == "GET":
             request.add_header("Range", f"bytes={start}-{end - 1}")
-        if self.url.startswith(constants.ENDPOINT):
+        if self.url.startswith(f"{constants.ENDPOINT}/"):
             for name, value in build_hf_headers().items():  # not for the servers that the hub points to
                 request.add_unredirected_header(name, value)
         for wait in (0, *WAITS):
             if wait and hurry.wait(wait):
                 break
             try:
-                with urllib.request.urlopen(request, timeout=10) as answer:
+                with urllib.request.urlopen(request, timeout=5) as answer:
                     if method == "HEAD" and answer.headers["content-length"]:
                         return int(answer.headers["content-length"])
                     if answer.status == 206:
-                        body = answer.read()
+                        body = b""
+                        while (part := answer.read1(1 << 16)) and not hurry.is_set():
+                            body += part
                         if len(body) == end - start:
                             return body
                         raise EOFError(f"{len(body)} bytes instead of {end - start}")
@@ -273,7 +277,8 @@ class Corpus:
         for number, (place, record) in enumerate(Piece(file, 0).records(), 1):
             after = number
             normal = self.normal(file, place, record)
-            found, length = found + normal, length + sum(map(len, data.texts(normal)))
+            found += normal
+            length = length + sum(map(len, data.texts(normal)))
             if len(found) == n or length >= most:
                 break
         if is_cuttable(file):  # the byte is in the place of the next record
@@ -288,12 +293,23 @@ class Corpus:
                 raise record
             if data.suffix(file) == ".txt":
                 return [record]
-            if file not in self.forms:
-                self.forms[file] = data.detect_form(record, self.text_field)
-            return [data.normalise(record, self.forms[file], self.text_field)]
+            return [data.normalise(record, self.form_of(file), self.text_field)]
         except ValueError as error:
             self.refuse(place, error)
             return []
+
+    def form_of(self, file) -> str:
+        """That of the file's first readable record, whichever record this process happens to read first."""
+        if file not in self.forms:
+            for place, record in Piece(file, 0).records():
+                try:
+                    if isinstance(record, ValueError):
+                        raise record
+                    self.forms[file] = data.detect_form(record, self.text_field)
+                    break
+                except ValueError as error:
+                    self.refuse(place, error)
+        return self.forms[file]
 
     def refuse(self, place: str, error: ValueError) -> None:
         """Counts a bad record, where these are to be skipped; else raises ValueError."""
@@ -306,7 +322,10 @@ class Corpus:
         possible, since files that cannot be cut are read by every lane that has a part in them."""
         if not all(map(is_cuttable, self.files)):
             return world
-        return world * max(1, min(LANES, self.total // 2048) // world)
+        lanes = LANES
+        while lanes > 1 and self.total < lanes << 14:
+            lanes //= 2
+        return lanes if lanes % world == 0 else -(-lanes // world) * world
 
     def deal(self, lanes: int, epoch: int) -> list[list[Piece]]:
         """The pieces of every lane in this epoch."""
@@ -345,7 +364,9 @@ class Corpus:
         return found
 
     def fingerprint(self) -> list:
-        return [[file.name, size_of(file)] for file in self.files]
+        """All that decides which pieces there are and in which order."""
+        files = [[file.name, size_of(file), self.begin.get(file, 0)] for file in self.files]
+        return [self.seed, *files]
 
 
 # ---------------------------------------------------------------------------------------------------- lanes
@@ -359,7 +380,7 @@ class Lane:
         self.epoch, self.piece, self.record, self.used = position
         self.next = (self.epoch, self.piece, self.record)  # where the next pool begins
         self.ready, self.reader, self.pieces, self.skip = deque(), None, None, self.used
-        self.fruitful = any(self.position()[1:])  # whether this epoch has had a micro-batch
+        self.idle = 0  # fills in a row that gave no micro-batch and ended an epoch
 
     def position(self) -> list[int]:
         return [self.epoch, self.piece, self.record, self.used] if self.ready or self.skip else [*self.next, 0]
@@ -391,15 +412,16 @@ class Lane:
         rng = np.random.default_rng([self.corpus.seed, self.epoch, self.number, self.piece, self.record])
         self.ready = deque(self.batches_of(pool, rng)[self.skip :])
         self.used, self.skip = self.skip, 0
-        self.fruitful |= bool(self.ready)
         self.next = (epoch, piece, record)
+        self.idle = 0 if self.ready else self.idle
         if piece == len(pieces):
-            if not self.fruitful:
+            self.idle += not self.ready
+            if self.idle > PATIENCE:
                 raise ValueError(
                     f"--dataset_args {self.corpus.spec}: a whole share of it, 1 of {self.lanes}, holds nothing to "
                     "train on; leave --streaming out, use fewer processes, or raise --max_length"
                 )
-            self.next, self.pieces, self.fruitful = (epoch + 1, 0, 0), None, False
+            self.next, self.pieces = (epoch + 1, 0, 0), None
 
 
 class Stream:
@@ -411,7 +433,10 @@ class Stream:
         lanes, positions = corpus.lanes(ranks.world), {}
         if stored:
             if stored["files"] != corpus.fingerprint():
-                raise ValueError(f"--dataset_args {corpus.spec}: not the files that the checkpoint was made with")
+                raise ValueError(
+                    f"--dataset_args {corpus.spec}: not the files, the --seed or the held-out part that the checkpoint "
+                    "was made with"
+                )
             lanes, positions = stored["lanes"], stored["positions"]
             if lanes % ranks.world:
                 fitting = [n for n in range(1, lanes + 1) if lanes % n == 0]

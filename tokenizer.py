@@ -161,7 +161,10 @@ class Tokenizer:
                 str(i): {"content": token.content, "special": token.special} for i, token in tokens.items()
             }
         else:
-            self.backend.save(str(directory / "tokenizer.json"))
+            try:
+                self.backend.save(str(directory / "tokenizer.json"))
+            except Exception as error:  # the library raises nothing more precise, on a full disk too
+                raise OSError(f"{directory / 'tokenizer.json'}: {error}") from error
         _write_json(directory / "tokenizer_config.json", config)
         _write_json(directory / "special_tokens_map.json", _special_names(config))
         template = directory / "chat_template.jinja"

@@ -173,10 +173,11 @@ def loss_function(args, module: LossModule, tokenizer, device):
     settings = model.config.nanoedit
     if args.method == "editflow":
         kappa, x0_source = editflow.schedule(settings["schedule"]), editflow.source(settings["x0_sampler"])
+        unigram = model.unigram.cpu() if hasattr(model, "unigram") else None
 
         def editflow_loss(call, examples, key, progress):
             rng = seeded(*key)
-            x0 = [x0_source.draw(e.draft, tokenizer.mask_id, getattr(model, "unigram", None), rng) for e in examples]
+            x0 = [x0_source.draw(e.draft, tokenizer.mask_id, unigram, rng) for e in examples]
             prompts, x1 = [e.prompt for e in examples], [e.response for e in examples]
             batch = editflow.path(prompts, x0, x1, editflow.draw_t(len(examples), rng), kappa.kappa, rng)
             return call(editflow.loss, batch.to(device), kappa, normalize=args.normalize)
@@ -257,6 +258,7 @@ def open_model(args, directory: Path, resume: Path | None):
     if resume:
         return lora.load(directory, method=args.method, four_bit=args.load_in_4bit)
     model = models.load(directory, method=args.method)
+    model.base = str(directory)
     return lora.add(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.load_in_4bit, args.seed)
 
 
@@ -294,6 +296,8 @@ def prepare_source(model, dataset: Data, resume: Path | None) -> None:
         raise ValueError(f'--x0_sampler draft: {lacking} of the records have no "draft" field to start from')
     if isinstance(model.model, models.Bert):  # on the way from x0 to x1 a text holds tokens of both
         longest = max(len(e) + (len(e.draft or []) if kind == "draft" else start) for e in examples)
+        if isinstance(dataset, StreamedData):  # these are only some
+            longest = dataset.args.max_length + (dataset.args.max_length if kind == "draft" else start)
         if longest > models.max_positions(model.config):
             raise ValueError(
                 f"prompt, response and x0 take up to {longest} tokens together, the model has "
@@ -352,6 +356,8 @@ def train(args, ranks: Ranks) -> int:
     if args.compile:
         for layer in model.model.layers:
             layer.compile(dynamic=True)
+    # three handles on one thing: the model; module(f, ...), f(model, ...) on every process's own account; and
+    # call(f, ...), the same for losses, whose gradients the processes average
     module = LossModule(model)
     call = parallel.distribute(module, args.parallel, ranks, args.reshard_after_forward)
     optimizer = parallel.adamw(
@@ -379,11 +385,12 @@ def train(args, ranks: Ranks) -> int:
     with tqdm(total=steps, initial=step, disable=not ranks.is_main, unit="step", mininterval=pause) as bar:
         try:
             while True:
-                position = dataset.position()
-                is_time = step and (step % eval_every == 0 or step == steps)
-                if is_time and args.eval_strategy != "no" and dataset.eval and log.last_eval < step:
+                position = dataset.position()  # before this step: one cut short is done again
+                evaluate_now = step and (step % eval_every == 0 or step == steps)
+                if evaluate_now and args.eval_strategy != "no" and dataset.eval and log.last_eval < step:
                     with autocast, log.aside():
                         log.write_eval(step, evaluate(loss_of, module, dataset.eval, args, ranks, stop))
+                        stop.check()
                         show_samples(module, tokenizer, dataset.eval, args, ranks)
                 if step == steps:
                     break
@@ -394,7 +401,7 @@ def train(args, ranks: Ranks) -> int:
                 for g in optimizer.param_groups:
                     g["lr"] = learning_rate(step, steps, args)
                 batches, fault = attempt(dataset.take)
-                stop.check(fault)
+                stop.check(fault)  # all processes vote, before every micro-batch, whether to stop
                 parts, tokens = [], 0
                 for m, examples in enumerate(batches):
                     if m:
@@ -404,12 +411,12 @@ def train(args, ranks: Ranks) -> int:
                     with parallel.accumulating(call, last=m == len(batches) - 1):
                         with autocast:
                             loss, metrics = loss_of(call, examples, key, step / steps)
-                        (loss / len(batches)).backward()
+                        (loss / len(batches)).backward()  # the mean over them; that over processes is `call`'s work
                     parts.append({"loss": loss.detach(), **metrics})
                     tokens += sum(len(e) for e in examples)
                 norm = parallel.clip_gradients(trained, args.max_grad_norm)
                 finite = all(math.isfinite(x) for x in [float(norm), *(float(p["loss"]) for p in parts)])
-                if ranks.most(not finite):
+                if ranks.most(not finite):  # on one is enough: all skip the step, or weights would part
                     log.skip(step, parts, batches, tokenizer)
                 else:
                     optimizer.step()
@@ -420,7 +427,6 @@ def train(args, ranks: Ranks) -> int:
                 if step % args.logging_steps == 0 or step == steps:
                     bar.set_postfix(log.write(step, optimizer.param_groups[0]["lr"]), refresh=False)
         except Stopped:
-            parallel.clear_gradients(call)  # of a step half done; it is done again
             saved = save(str(step))
             goes_on = f"saved in {saved}; {again(args)} goes on from there"
             if stop.fault:
@@ -518,7 +524,8 @@ def decode_samples(model, examples: list, args, tokenizer, together: Ranks | Non
     prompts = [e.prompt for e in examples]
     if args.method == "editflow":
         start, rng = editflow.source(model.config.nanoedit["x0_sampler"]), seeded(0)
-        x0 = [start.draw(e.draft, tokenizer.mask_id, getattr(model, "unigram", None), rng) for e in examples]
+        unigram = model.unigram.cpu() if hasattr(model, "unigram") else None
+        x0 = [start.draw(e.draft, tokenizer.mask_id, unigram, rng) for e in examples]
         return [s.response for s in editflow.sample(model, prompts, x0=x0, steps=50)]
     longest = max(len(e.response) for e in examples)
     passes = {"init_num": longest, "mask_diffusion_step": -(-longest // 4), "edit_diffusion_step": 4}

@@ -17,11 +17,12 @@
 #SBATCH --open-mode=append
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?run this with sbatch}"
-export PROCESSES=${SLURM_GPUS_ON_NODE:-1} JOB=$SLURM_JOB_ID
+export PROCESSES=${SLURM_GPUS_ON_NODE:-1} JOB=$SLURM_JOB_ID SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER=$(srun --nodes 1 --ntasks 1 --nodelist "$FIRST" hostname -I | cut -d" " -f1)
 
 srun --kill-on-bad-exit=1 bash -c \
   'recipes/multinode.sh "$SLURM_NNODES" "$0" "$(hostname -I | cut -d" " -f1)" "$@"' "$MASTER" "$@" &
-trap 'kill -TERM $!; wait $!; scontrol requeue "$SLURM_JOB_ID"' TERM
+# srun itself would turn SIGTERM into SIGKILL; scancel hands it to the processes
+trap 'scancel --signal=TERM "$SLURM_JOB_ID"; wait $!; scontrol requeue "$SLURM_JOB_ID"' TERM
 wait $!

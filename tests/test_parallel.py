@@ -210,8 +210,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(mode, tmp_path)
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(mode, tmp_path):
     out = tmp_path / "out"
     fleet = Fleet(f"{TOY} {KINDS['mask']} {MODES[mode]} --max_steps 100000 --eval_strategy no", out, 2)
-    while not (out / "metrics.jsonl").exists():
-        time.sleep(0.02)
+    fleet.until((out / "metrics.jsonl").exists)
     start = time.monotonic()
     fleet.kill(1, signal.SIGTERM)
     assert fleet.wait(10) == [0, 0], fleet.said()
@@ -240,7 +239,6 @@ def test_an_error_that_all_ranks_meet_is_said_once(tmp_path):
 def test_a_rank_that_is_killed_takes_the_others_with_it(tmp_path):
     out = tmp_path / "out"
     fleet = Fleet(f"{TOY} {KINDS['mask']} --max_steps 100000 --eval_strategy no", out, 3)
-    while not (out / "metrics.jsonl").exists():
-        time.sleep(0.02)
+    fleet.until((out / "metrics.jsonl").exists)
     fleet.kill(2)
     assert fleet.wait(20) == [1, 1, -signal.SIGKILL], fleet.said()

@@ -37,15 +37,6 @@ def slow_disk(rank):
     checkpoints.sync = slowly
 
 
-def wait_until(condition, fleet, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, fleet.said()
-        if not any(p.is_alive() for p in fleet.processes):
-            return
-        time.sleep(0.002)
-
-
 def logged(out):
     """Lines of metrics.jsonl."""
     file = out / "metrics.jsonl"
@@ -72,11 +63,11 @@ def test_kill_9_at_any_moment_changes_nothing(kind, world, mode, more, tmp_path)
     for attempt in range(4):
         fleet = Fleet(flags, out, world, slow_disk)
         if attempt % 2:  # while a checkpoint is being written
-            wait_until(lambda: list(out.glob(".writing-*")) or list(out.glob(".deleting-*")), fleet)
-            during_save += bool(list(out.glob(".writing-*")))
+            fleet.until(lambda: list(out.glob(".writing-[0-9]*")) or list(out.glob(".deleting-*")))
+            during_save += bool(list(out.glob(".writing-[0-9]*")))
         else:  # at some step of its first ten
             seen = logged(out)
-            wait_until(lambda seen=seen: logged(out) > seen, fleet)
+            fleet.until(lambda seen=seen: logged(out) > seen)
             time.sleep(rng.uniform(0, 0.15))
         fleet.kill(None if attempt < 2 else world - 1)  # all at once, or one alone: the others must follow
         kills += -signal.SIGKILL in fleet.wait(30)
@@ -98,7 +89,7 @@ def test_sigterm_saves_within_seconds(moment, tmp_path):
     run(flags, tmp_path / "undisturbed")
     out = tmp_path / "out"
     fleet = Fleet(flags, out, perturb={"step": long_steps, "evaluation": long_evaluation}[moment])
-    wait_until(lambda: logged(out) >= 3, fleet)
+    fleet.until(lambda: logged(out) >= 3)
     time.sleep(0.5)
     begin = time.monotonic()
     fleet.kill(number=signal.SIGTERM)
@@ -134,6 +125,32 @@ def long_evaluation(rank):
         return loss(*args, **kwargs)
 
     editflow.loss = slowly
+
+
+@pytest.mark.slow
+def test_kill_9_while_the_metrics_are_trimmed_or_the_final_checkpoint_is_replaced(tmp_path):
+    out = tmp_path / "out"
+    flags = f"{KINDS['editflow']} --logging_steps 1 --save_steps 10000 --save_total_limit 1 --eval_strategy no"
+    flags += " --lr_scheduler_type constant"
+    run(f"{flags} --max_steps 60", tmp_path / "undisturbed")
+    run(f"{flags} --max_steps 30", out)
+    (out / ".writing-metrics").write_text('{"step": 1, "lo')
+    fleet = Fleet(f"{flags} --max_steps 50", out, perturb=killed_in_the_last_rename)
+    assert fleet.wait() == [-signal.SIGKILL], fleet.said()
+    run(f"{flags} --max_steps 60", out)
+    assert metrics(out) == metrics(tmp_path / "undisturbed")
+    assert [c.name for c in checkpoints.checkpoints(out)] == ["checkpoint-final"]
+
+
+def killed_in_the_last_rename(rank):
+    replace = os.replace
+
+    def kill(source, target):
+        if str(source).endswith(".writing-final"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = kill
 
 
 @pytest.mark.slow
