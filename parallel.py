@@ -73,7 +73,8 @@ class Ranks:
         elif is_first:
             traceback.print_exception(error)
         else:
-            print(f"rank {self.rank} ends, because another process did", file=sys.stderr)
+            where = f": {str(error).splitlines()[0]}" if isinstance(error, RuntimeError) else ""
+            print(f"rank {self.rank} ends, because another process did{where}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)  # threads of a broken group would hold it back
 
