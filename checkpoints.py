@@ -25,16 +25,20 @@ STATE = "train_state.json"
 
 def checkpoints(out: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = []
-    for file in out.glob(f"checkpoint-*/{STATE}"):
-        try:
-            state = json.loads(file.read_text(encoding="utf-8"))
-            if type(state["step"]) is not int or state["step"] < 0 or not isinstance(state["args"], dict):
-                raise ValueError("no step and args of a run in it")
-            found.append((state["step"], file.parent))
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise ValueError(f"{file}: not readable ({e}); delete {file.parent} to go on from another") from None
-    return [path for _, path in sorted(found)]
+    found = [file.parent for file in out.glob(f"checkpoint-*/{STATE}")]
+    return [path for _, path in sorted((step_of(path), path) for path in found)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step at which a complete checkpoint was written. Raises ValueError naming its train_state.json."""
+    file = checkpoint / STATE
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if type(state["step"]) is not int or state["step"] < 0 or not isinstance(state["args"], dict):
+            raise ValueError("no step and args of a run in it")
+        return state["step"]
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise ValueError(f"{file}: not readable ({e}); delete {checkpoint} to go on from another") from None
 
 
 def prepare_output(args, ranks) -> tuple[Path, Path | None]:
@@ -76,8 +80,8 @@ def save_checkpoint(out: Path, name: str, model, tokenizer, optimizer, state: di
     Raises OSError when it cannot be written; older checkpoints are then as they were.
     """
     target, partial = out / f"checkpoint-{name}", out / f".writing-{name}"
-    is_saved = target in checkpoints(out) and json.loads((target / STATE).read_text())["step"] == state["step"]
-    if any(ranks.gather(is_saved)):  # a run that was stopped where it had just saved
+    is_saved = (target / STATE).is_file() and step_of(target) == state["step"]
+    if ranks.most(is_saved):  # a run that was stopped where it had just saved
         return target
     weights = parallel.gather_state(model, ranks, lora.is_saved if args.lora else None)
     moments = parallel.gather_moments(model, optimizer, ranks)
@@ -94,7 +98,7 @@ def save_checkpoint(out: Path, name: str, model, tokenizer, optimizer, state: di
                 sync(file)
             sync(partial)
             if target.exists():  # the end of a shorter run: kept until the new one is in its place
-                older = out / f"checkpoint-{json.loads((target / STATE).read_text())['step']}"
+                older = out / f"checkpoint-{step_of(target)}"
                 remove(target) if older.exists() else os.replace(target, older)
             os.replace(partial, target)
             sync(out)

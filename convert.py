@@ -207,8 +207,6 @@ def read_config(directory: Path) -> dict:
     config = models.complete_config(raw)
     if config.model_type == "modernbert":
         raw["vocab_bias"] = raw.get("vocab_bias", raw.get("decoder_bias", True))
-    if hasattr(config, "rope_scaling"):  # raises for kinds of scaling that we cannot compute
-        models.rotary(torch.zeros(1), config.head_dim, config.rope_theta, config.rope_scaling)
     return raw
 
 
@@ -257,8 +255,7 @@ def base_checkpoint(directory: Path, merge: bool) -> Path:
     if not merge:
         raise ValueError(f"{directory}: holds LoRA adapters, not a whole model; pass --merge_lora")
     base = fetch(lora.read_adapter_config(directory)["base_model_name_or_path"], None)
-    if (base / "adapter_config.json").is_file():
-        raise ValueError(f"{directory}/adapter_config.json: the base model {base} holds adapters itself")
+    lora.check_base(base, directory)
     return base
 
 

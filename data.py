@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import Tokenizer, load_tokenizer, train_tokenizer, word_tokenizer  # noqa: F401 (for importers)
+from tokenizer import MOST_TOKENS, Tokenizer, load_tokenizer, train_tokenizer, word_tokenizer  # noqa: F401 (for importers)
 
 # ------------------------------------------------------------------------------------------------------------------
 # Specs: name[train:5000,test:500] + other
@@ -130,14 +130,19 @@ def _read_txt(path: Path):
 
 
 def _read_jsonl(path: Path):
-    for place, line in numbered_lines(path):
+    return parse_jsonl(numbered_lines(path))
+
+
+def parse_jsonl(lines: Iterable[tuple[str, str | ValueError]]) -> Iterator[tuple[str, dict | ValueError]]:
+    """(place, record) from (place, line); empty lines are left out."""
+    for place, line in lines:
         if isinstance(line, ValueError):
             yield place, line
         elif line.strip():
-            yield place, parse_json_line(line)
+            yield place, _parse_json_line(line)
 
 
-def parse_json_line(line: str):
+def _parse_json_line(line: str):
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
@@ -247,16 +252,28 @@ def _fetch(name: str) -> Path:
     try:
         root = snapshot_download(f"{owner}/{dataset}", repo_type="dataset", allow_patterns=patterns)
     except Exception as error:  # the hub client raises a dozen unrelated classes
-        reason = next(iter(str(error).splitlines()), "")
-        raise OSError(
-            f"{name}: no such file or folder, and no such dataset from the hub ({type(error).__name__}: {reason})"
-        ) from error
+        raise no_dataset(name, error) from error
     return Path(root, *folder)
 
 
-def is_held_out(path) -> bool:
+def no_dataset(name: str, error: Exception) -> OSError:
+    """What to raise where the hub has failed."""
+    reason = next(iter(str(error).splitlines()), "")
+    return OSError(
+        f"{name}: no such file or folder, and no such dataset from the hub ({type(error).__name__}: {reason})"
+    )
+
+
+def _is_held_out(path) -> bool:
     """Published datasets call their held-out files test-00000-of-00001.parquet, gsm8k_test.jsonl, valid.txt, ..."""
     return bool(re.search(r"(?<![a-z])(test|validation|valid|val|dev|eval)(?![a-z])", path.name.lower()))
+
+
+def split_files(files: list) -> tuple[list, list]:
+    """(to train on, held out), by their names. Where all are called held out, none is."""
+    held_out = [file for file in files if _is_held_out(file)]
+    held_out = [] if len(held_out) == len(files) else held_out
+    return [file for file in files if file not in held_out], held_out
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -414,11 +431,7 @@ def _load_files(source: Source, seed: int, report: SourceReport, text_field, ski
     files = data_files(source.name)
     if len({suffix(file) == ".txt" for file in files}) == 2:
         raise ValueError(f"{source.name}: holds .txt files beside files of records; name them as two sources, a + b")
-    held_out = [file for file in files if is_held_out(file)]
-    if len(held_out) == len(files):
-        held_out = []
-    train = list(_read_records([file for file in files if file not in held_out], report, text_field, skip))
-    test = list(_read_records(held_out, report, text_field, skip))
+    train, test = (list(_read_records(part, report, text_field, skip)) for part in split_files(files))
     if not train:
         raise ValueError(f"{source.name}: no usable record ({report.bad} broken ones skipped)")
     if report.form == "corpus":
@@ -436,12 +449,17 @@ def _read_records(files: list[Path], report: SourceReport, text_field: str | Non
                 form = "corpus" if suffix(file) == ".txt" else report.form or detect_form(record, text_field)
                 normal = record if form == "corpus" else normalise(record, form, text_field)
             except ValueError as error:
-                if not skip:
-                    raise ValueError(f"{place}: {error} (repair it, or pass --skip_bad_records)") from error
-                report.bad += 1
+                report.bad += bad_record(place, error, skip)
             else:
                 report.form = form
                 yield normal
+
+
+def bad_record(place: str, error: ValueError, skip: bool) -> int:
+    """1, for a count, where bad records are to be skipped; else raises ValueError."""
+    if not skip:
+        raise ValueError(f"{place}: {error} (repair it, or pass --skip_bad_records)") from error
+    return 1
 
 
 def _split(train: list, test: list, source: Source, most: int) -> tuple[list, list]:

@@ -61,6 +61,7 @@ class Data:
 
     def __init__(self, args, tokenizer, train_records, eval_records, ranks: Ranks):
         self.args, self.ranks, self.encoder = args, ranks, Encoder(args, tokenizer)
+        self.group = args.gradient_accumulation_steps * ranks.world  # micro-batches in a step
         self.train = self.encoder.encode(train_records, progress=ranks.is_main)
         held_out = self.encoder.encode(eval_records, recut=False, all_may_be_too_long=True)
         self.eval = self.encoder.pad(held_out.examples)
@@ -89,7 +90,6 @@ class Data:
             start = max(0, start - len(batches))
 
     def begin(self, step: int, stored: dict | None) -> None:
-        self.group = self.args.gradient_accumulation_steps * self.ranks.world  # micro-batches in a step
         self.micro_batches = self.stream(step * self.group)
 
     def take(self) -> list[list]:
@@ -108,6 +108,7 @@ class StreamedData:
 
     def __init__(self, args, tokenizer, corpus: streaming.Corpus, ranks: Ranks):
         self.args, self.corpus, self.ranks, self.encoder = args, corpus, ranks, Encoder(args, tokenizer)
+        self.group = args.gradient_accumulation_steps * ranks.world
         self.eval = self.encoder.pad(self.encode([("held-out record", r) for r in corpus.held_out]))
         ranks.say(f"{corpus.total / 1e6:.1f} MB in {len(corpus.files)} files, streamed; {len(self.eval)} held out")
 
@@ -135,9 +136,8 @@ class StreamedData:
             examples = self.encoder.pad(self.encode(pool))
             return self.encoder.batches(examples, int(rng.integers(2**31)), 0)
 
-        group = self.args.gradient_accumulation_steps * self.ranks.world
         self.corpus.bad = self.corpus.too_long = 0  # samples and held-out records have been counted until here
-        self.stream = streaming.Stream(self.corpus, self.ranks, group, batches_of, stored, step)
+        self.stream = streaming.Stream(self.corpus, self.ranks, self.group, batches_of, stored, step)
         self.take, self.position = self.stream.take, self.stream.position
 
     def gather(self, position: dict) -> dict:

@@ -201,13 +201,18 @@ def read_adapter_config(directory: Path) -> dict:
     return config
 
 
+def check_base(base: Path, directory: Path) -> None:
+    """Raises ValueError where the base model of adapters holds adapters, too."""
+    if (base / "adapter_config.json").is_file():
+        raise ValueError(f"{directory}/adapter_config.json: the base model {base} holds adapters itself")
+
+
 def load(directory: str, device="cpu", dtype=torch.float32, method=None, four_bit=False) -> nn.Module:
     """The base model of a directory that `save` wrote, with its adapters, unmerged. Raises OSError / ValueError."""
     directory = Path(directory)
     settings = read_adapter_config(directory)
     base = models.local_path(settings["base_model_name_or_path"])
-    if (base / "adapter_config.json").is_file():
-        raise ValueError(f"{directory}/adapter_config.json: the base model {base} holds adapters itself")
+    check_base(base, directory)
     model = models.load(base, device, dtype, method)
     model.config = models.complete_config(models.read_config(directory))
     add(model, settings["r"], settings["lora_alpha"], settings["lora_dropout"], four_bit)

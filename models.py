@@ -859,6 +859,13 @@ def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None
     return model.requires_grad_(True)
 
 
+def check_rows(model: nn.Module, tokenizer, directory) -> None:
+    """Raises ValueError where the tokenizer of a checkpoint knows more tokens than its model has rows."""
+    known, rows = tokenizer.vocab_size, model.config.vocab_size
+    if known > rows:
+        raise ValueError(f"{directory}: the tokenizer has {known} tokens, but the model only {rows} rows for them")
+
+
 def read_tensor(file: Path, name: str, shape) -> Tensor:
     """One tensor from a safetensors file. Raises ValueError when it is absent or has another shape."""
     with open_tensors(file) as f:

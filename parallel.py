@@ -224,9 +224,17 @@ def gather_state(model: nn.Module, ranks: Ranks, wanted=None) -> dict[str, Tenso
     return state
 
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def own_share(optimizer) -> torch.optim.Optimizer:
+    """The optimizer of this process's parameters: under zero1 one inside, of a share of them."""
+    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+
+
 def moments(optimizer) -> dict:
-    """The optimizer's state on this process: parameter -> {"step", "exp_avg", "exp_avg_sq"}."""
-    return (optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer).state
+    """The optimizer's state on this process: parameter -> {name in MOMENTS: tensor}."""
+    return own_share(optimizer).state
 
 
 def gather_moments(model: nn.Module, optimizer, ranks: Ranks) -> dict[str, Tensor]:
@@ -238,7 +246,7 @@ def gather_moments(model: nn.Module, optimizer, ranks: Ranks) -> dict[str, Tenso
         owners |= dict.fromkeys(names, rank)
     found = {}
     for name, p in named.items():
-        for key in ("step", "exp_avg", "exp_avg_sq") if name in owners else ():
+        for key in MOMENTS if name in owners else ():
             value = whole(mine[p][key]).detach().cpu().contiguous() if p in mine else None
             if owners[name] and ranks.is_main:
                 value = torch.empty((), dtype=torch.float32) if key == "step" else torch.empty(p.shape, dtype=p.dtype)
@@ -253,10 +261,10 @@ def gather_moments(model: nn.Module, optimizer, ranks: Ranks) -> dict[str, Tenso
 def restore_moments(model: nn.Module, optimizer, stored) -> None:
     """Fills the optimizer from an open safetensors file that `gather_moments` filled; each process takes its share."""
     names, mine = set(stored.keys()), moments(optimizer)
-    kept = {id(p) for group in getattr(optimizer, "optim", optimizer).param_groups for p in group["params"]}
+    kept = {id(p) for group in own_share(optimizer).param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         if id(p) in kept and f"{name}.step" in names:
-            mine[p] = {key: place(stored.get_tensor(f"{name}.{key}"), p) for key in ("step", "exp_avg", "exp_avg_sq")}
+            mine[p] = {key: place(stored.get_tensor(f"{name}.{key}"), p) for key in MOMENTS}
 
 
 def place(value: Tensor, like: Tensor) -> Tensor:

@@ -117,9 +117,7 @@ def load(directory: Path, device: str, bf16: bool):
     """(model, tokenizer) of a checkpoint. Raises OSError / ValueError, also where the two do not belong together."""
     model = models.load(directory, device=device, dtype=torch.bfloat16 if bf16 else torch.float32).eval()
     tokenizer = data.load_tokenizer(directory)
-    known, rows = tokenizer.vocab_size, model.config.vocab_size
-    if known > rows:
-        raise ValueError(f"{directory}: the tokenizer has {known} tokens, but the model only {rows} rows for them")
+    models.check_rows(model, tokenizer, directory)
     return model, tokenizer
 
 

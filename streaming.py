@@ -144,10 +144,7 @@ def find_files(name: str) -> list:
         try:
             info = HfApi().dataset_info(f"{owner}/{dataset}", files_metadata=True)
         except Exception as e:  # the hub client raises a dozen unrelated classes
-            reason = next(iter(str(e).splitlines()), "")
-            raise OSError(
-                f"{name}: no such file or folder, and no such dataset on the hub ({type(e).__name__}: {reason})"
-            ) from e
+            raise data.no_dataset(name, e) from e
         files = [
             RemoteFile(hf_hub_url(info.id, s.rfilename, repo_type="dataset", revision=info.sha), s.size)
             for s in sorted(info.siblings, key=lambda s: s.rfilename)
@@ -164,6 +161,11 @@ def find_files(name: str) -> list:
 
 def size_of(file) -> int:
     return file.size if isinstance(file, RemoteFile) else file.stat().st_size
+
+
+def characters(records: list[dict]) -> int:
+    """How much text is in normal records."""
+    return sum(map(len, data.texts(records)))
 
 
 def is_cuttable(file) -> bool:
@@ -188,7 +190,7 @@ class Piece(NamedTuple):
             lines = read_lines(self.file, self.start, self.end)
             yield from islice(_parse(self.file, lines), skip, None)
         elif data.suffix(self.file) == ".txt":
-            lines = ((place, line) for place, line in data.numbered_lines(self.file))
+            lines = data.numbered_lines(self.file)
             yield from islice(_parse(self.file, lines), self.start + skip * self.step, None, self.step)
         else:
             yield from islice(data.read_file(self.file), self.start + skip * self.step, None, self.step)
@@ -214,9 +216,7 @@ def read_lines(file, start: int, end: int | None) -> Iterator[tuple[str, str | V
 def _parse(file, lines) -> Iterator[tuple[str, dict | ValueError]]:
     """Records of .jsonl lines; of .txt, stretches of some 16,000 characters."""
     if data.suffix(file) == ".jsonl":
-        for place, line in lines:
-            if isinstance(line, ValueError) or line.strip():
-                yield place, line if isinstance(line, ValueError) else data.parse_json_line(line)
+        yield from data.parse_jsonl(lines)
         return
     where, parts, length = "", [], 0
     for place, line in lines:
@@ -250,10 +250,7 @@ class Corpus:
                 raise ValueError(f"--streaming: {source.name} is made up in memory; leave --streaming out")
             if source.train is not None:
                 raise ValueError(f"--streaming does not count records: leave train:{source.train} out of {spec!r}")
-            files = find_files(source.name)
-            held_out = [file for file in files if data.is_held_out(file)]
-            held_out = [] if len(held_out) == len(files) else held_out
-            train = [file for file in files if file not in held_out]
+            train, held_out = data.split_files(find_files(source.name))
             want, most = source.test, float("inf")
             if want is None:  # of a small corpus, a twentieth
                 want, most = hold_out, sum(map(size_of, train)) / 20
@@ -274,16 +271,16 @@ class Corpus:
         found, after, length = [], 0, 0
         if n <= 0:
             return found, after
-        for number, (place, record) in enumerate(Piece(file, 0).records(), 1):
-            after = number
+        records = Piece(file, 0).records()
+        for after, (place, record) in enumerate(records, 1):  # noqa: B007
             normal = self.normal(file, place, record)
             found += normal
-            length = length + sum(map(len, data.texts(normal)))
+            length += characters(normal)
             if len(found) == n or length >= most:
                 break
         if is_cuttable(file):  # the byte is in the place of the next record
-            places = (place for place, _ in Piece(file, 0).records(after))
-            after = int(next(places, f" {size_of(file)}").rsplit(" ", 1)[1])
+            place, _ = next(records, (f" {size_of(file)}", None))
+            after = int(place.rsplit(" ", 1)[1])
         return found, after
 
     def normal(self, file, place: str, record) -> list[dict]:
@@ -313,9 +310,7 @@ class Corpus:
 
     def refuse(self, place: str, error: ValueError) -> None:
         """Counts a bad record, where these are to be skipped; else raises ValueError."""
-        if not self.skip_bad:
-            raise ValueError(f"{place}: {error} (repair it, or pass --skip_bad_records)") from error
-        self.bad += 1
+        self.bad += data.bad_record(place, error, self.skip_bad)
 
     def lanes(self, world: int) -> int:
         """A multiple of the number of processes: LANES where there is enough to read at any place, else as few as
@@ -347,17 +342,18 @@ class Corpus:
             mine += [Piece(file, self.begin.get(file, 0) + lane, None, lanes) for file in others]
         return [[mine[i] for i in rng.permutation(len(mine))] for mine in dealt]
 
-    def sample(self, characters: int = 1 << 23) -> list[dict]:
-        """Records from all over the corpus, the same on every process: for tokenizers and frequencies."""
+    def sample(self, most: int = 1 << 23) -> list[dict]:
+        """Records from all over the corpus, about so many characters of them, the same on every process: for tokenizers
+        and frequencies."""
         found, length, pieces = [], 0, self.deal(1, 0)[0]
         for n, piece in enumerate(pieces, 1):
             for place, record in piece.records():
                 for normal in self.normal(piece.file, place, record):
                     found.append(normal)
-                    length += sum(map(len, data.texts([normal])))
-                if length >= characters * n / min(len(pieces), 32):
+                    length += characters([normal])
+                if length >= most * n / min(len(pieces), 32):
                     break
-            if length >= characters:
+            if length >= most:
                 break
         if not found:
             raise ValueError(f"--dataset_args {self.spec}: nothing to train on")
@@ -396,8 +392,8 @@ class Lane:
         self.epoch, self.piece, self.record = epoch, piece, record = self.next
         if self.pieces is None:
             self.pieces = self.corpus.deal(self.lanes, epoch)[self.number]
-        pieces, pool, characters = self.pieces, [], 0
-        while piece < len(pieces) and len(pool) < POOL_RECORDS and characters < POOL_CHARACTERS:
+        pieces, pool, length = self.pieces, [], 0
+        while piece < len(pieces) and len(pool) < POOL_RECORDS and length < POOL_CHARACTERS:
             if self.reader is None:
                 self.reader = pieces[piece].records(record)
             got = next(self.reader, None)
@@ -408,7 +404,7 @@ class Lane:
             place, raw = got
             for normal in self.corpus.normal(pieces[piece].file, place, raw):
                 pool.append((place, normal))
-                characters += sum(map(len, data.texts([normal])))
+                length += characters([normal])
         rng = np.random.default_rng([self.corpus.seed, self.epoch, self.number, self.piece, self.record])
         self.ready = deque(self.batches_of(pool, rng)[self.skip :])
         self.used, self.skip = self.skip, 0

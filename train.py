@@ -51,7 +51,7 @@ def parse_args(argv=None):
       help="checkpoint directory or hub id to start from; without it: a new model")
     a("--preset", type=cli.spec(models.preset_sizes), default="tiny",
       help=f"size of a new model: {', '.join(models.PRESETS)}")
-    a("--vocab_size", type=n(int, low=300, high=10**7), default=4096,
+    a("--vocab_size", type=n(int, low=300, high=data.MOST_TOKENS), default=4096,
       help="size of the tokenizer trained for a new model")
     a("--parallel", choices=parallel.MODES, default="ddp",
       help="several processes: everything on each (ddp), the optimizer shared (zero1), weights too (fsdp)")
@@ -215,9 +215,7 @@ def prepare_model(args, resume: Path | None, texts, ranks: Ranks):
         if args.overwrite_output_dir and directory.resolve().is_relative_to(Path(args.output_dir).resolve()):
             raise ValueError(f"--overwrite_output_dir would delete {directory}, from which this run is to start")
         model, tokenizer = open_model(args, directory, resume), data.load_tokenizer(directory)
-        if tokenizer.vocab_size > model.config.vocab_size:
-            known, rows = tokenizer.vocab_size, model.config.vocab_size
-            raise ValueError(f"{directory}: the tokenizer has {known} tokens, but the model only {rows} rows for them")
+        models.check_rows(model, tokenizer, directory)
         if args.time_conditioned and not model.config.nanoedit.get("time_conditioned"):
             raise ValueError(f"--time_conditioned is for new models; {directory} was made without it")
     else:
@@ -277,7 +275,7 @@ def prepare_data_and_model(args, resume: Path | None, ranks: Ranks):
             ranks.say(str(report))
         model, tokenizer = prepare_model(args, resume, lambda: data.texts(train_records), ranks)
         dataset = Data(args, tokenizer, train_records, eval_records, ranks)
-        steps_per_epoch = len(dataset.epoch(0)) / (args.gradient_accumulation_steps * ranks.world)
+        steps_per_epoch = len(dataset.epoch(0)) / dataset.group
     if args.method == "editflow":
         prepare_source(model, dataset, resume)
     return model, tokenizer, dataset, steps_per_epoch
