@@ -290,14 +290,17 @@ class Corpus:
                 raise record
             if data.suffix(file) == ".txt":
                 return [record]
-            return [data.normalise(record, self.form_of(file), self.text_field)]
+            form = self.form_of(file) or data.detect_form(record, self.text_field)
+            return [data.normalise(record, form, self.text_field)]
         except ValueError as error:
             self.refuse(place, error)
             return []
 
-    def form_of(self, file) -> str:
-        """That of the file's first readable record, whichever record this process happens to read first."""
+    def form_of(self, file) -> str | None:
+        """That of the file's first readable record, whichever record this process happens to read first; None where no
+        record has a known form."""
         if file not in self.forms:
+            self.forms[file] = None
             for place, record in Piece(file, 0).records():
                 try:
                     if isinstance(record, ValueError):
@@ -305,7 +308,7 @@ class Corpus:
                     self.forms[file] = data.detect_form(record, self.text_field)
                     break
                 except ValueError as error:
-                    self.refuse(place, error)
+                    data.bad_record(place, error, self.skip_bad)  # counted when its turn comes
         return self.forms[file]
 
     def refuse(self, place: str, error: ValueError) -> None:

@@ -473,6 +473,17 @@ def test_broken_records_stop_the_stream_with_their_place_or_are_counted(tmp_path
     assert source.bad == 4, "in two epochs"
 
 
+def test_a_file_without_any_known_form_is_no_traceback(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"x": 1}\n{"y": 2}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl: byte 0: found fields 'x'"):
+        corpus(file).sample()
+    source = corpus(file, skip=True)
+    with pytest.raises(ValueError, match="nothing to train on"):
+        source.sample()
+    assert source.bad == 2
+
+
 def test_a_corpus_that_is_too_small_or_has_changed(tmp_path):
     file = jsonl(tmp_path / "a.jsonl", ["one"])
     streams = [streaming.Stream(corpus(file), r, 4, plain, None, 0) for r in ranks(4)]
