@@ -31,14 +31,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import cli
 import data
 import editflow
 import medlm
 import models
 import plan
-import streaming
 from edit_distance import edit_scripts
+from plumbing import cli, streaming
 from ragged import Ragged
 
 

@@ -39,11 +39,11 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 import editflow
 import lora
 import models
-from tokenizer import CHAT_TEMPLATE, DEL_TOKEN, SPECIAL_TOKENS, Tokenizer, load_tokenizer, read_json
+from plumbing import cli
+from plumbing.tokenizer import CHAT_TEMPLATE, DEL_TOKEN, SPECIAL_TOKENS, Tokenizer, load_tokenizer, read_json
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import MOST_TOKENS, Tokenizer, load_tokenizer, train_tokenizer, word_tokenizer  # noqa: F401 (for importers)
+from plumbing.tokenizer import MOST_TOKENS, Tokenizer, load_tokenizer, train_tokenizer, word_tokenizer  # noqa: F401 (for importers)
 
 # ------------------------------------------------------------------------------------------------------------------
 # Specs: name[train:5000,test:500] + other

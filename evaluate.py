@@ -46,12 +46,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import cli
 import data
-import execution
 import medlm
 import models
 import sample as sampler
+from plumbing import cli, execution
 
 # --------------------------------------------------------------------------- finding the answer, and judging it
 #

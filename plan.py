@@ -48,12 +48,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-import cli
 import lora
 import medlm
 import models
 import parallel
 from parallel import LossModule
+from plumbing import cli
 from ragged import Ragged
 
 GIB = 2**30

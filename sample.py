@@ -19,12 +19,12 @@ from trace import Trace, show, write_gif, write_html
 import torch
 from tqdm import tqdm
 
-import cli
 import data
 import editflow
 import medlm
 import models
 from frames import show_pair
+from plumbing import cli
 
 
 def parse_args(argv=None):

@@ -22,18 +22,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import cli
 import data
 import editflow
 import lora
 import medlm
 import models
 import parallel
-import streaming
-from checkpoints import STATE, again, clear_output, prepare_output, save_checkpoint
-from feed import Data, StreamedData
-from metrics import Log
 from parallel import LossModule, Ranks
+from plumbing import cli, streaming
+from plumbing.checkpoints import STATE, again, clear_output, prepare_output, save_checkpoint
+from plumbing.feed import Data, StreamedData
+from plumbing.log import Log
 
 # ---------------------------------------------------------------------------------------------------- flags
 

@@ -22,7 +22,7 @@ for METHOD in ${METHODS:-editflow medlm}; do
 import sys
 import torch
 import models
-import tokenizer
+from plumbing import tokenizer
 
 start, out = f"{sys.argv[1]}-pretrained-start", f"{sys.argv[1]}-random-start"
 model = models.load(start)

@@ -28,9 +28,9 @@ def child(argv, rank, world, port, log, perturb):
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
     import torch
 
-    import cli
     import models
     import train
+    from plumbing import cli
 
     torch.set_num_threads(1)
     models.PRESETS["tiny"] = TINY

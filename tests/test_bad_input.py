@@ -28,14 +28,13 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file
 
-import cli
 import convert
 import data
 import evaluate
 import models
 import sample
-import streaming
 import train
+from plumbing import cli, streaming
 
 SECONDS = 20  # after which a command counts as hanging
 LONGEST = 1500  # characters of an error

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import cli
+from plumbing import cli
 
-ROOT = Path(cli.__file__).parent
+ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train.py", "sample.py", "evaluate.py", "convert.py")
 
 

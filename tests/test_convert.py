@@ -20,8 +20,8 @@ from tokenizers import AddedToken, pre_tokenizers
 import convert
 import medlm
 import models
+from plumbing.tokenizer import Tokenizer, load_tokenizer
 from ragged import Ragged
-from tokenizer import Tokenizer, load_tokenizer
 
 REPO = Path(__file__).parent.parent
 WORDS = [f"w{i}" for i in range(37)]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import data
 from data import Example, Source
-from tokenizer import DEL_TOKEN, SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
+from plumbing.tokenizer import DEL_TOKEN, SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
 
 VERSE = "{0} bottles of beer on the wall, {0} bottles of beer.\nTake one down; pass it around!\n\n"
 CORPUS = "".join(map(VERSE.format, range(60)))

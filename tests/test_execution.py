@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import execution
+from plumbing import execution
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the limits are Linux's")
 
@@ -235,7 +235,7 @@ def test_numpy_works_where_it_is_installed():
 FIRST_LINE = """
 import os, socket, sys, threading
 sys.path.insert(0, {folder!r})
-import execution
+from plumbing import execution
 os.chdir({home!r})
 landlock = execution._confine(1 << 30, 5)
 path = {path!r}

@@ -13,7 +13,8 @@ import pytest
 from fleet import Fleet, metrics, run
 from safetensors.torch import load_file
 
-import checkpoints
+import train
+from plumbing import checkpoints
 
 TOY = "--dataset_args toy[train:64,test:7] --max_length 64 --learning_rate 1e-3 --eval_samples 0 --max_steps 50"
 OFTEN = "--logging_steps 3 --eval_steps 10 --save_steps 4"  # so that a checkpoint often falls between two lines
@@ -156,7 +157,7 @@ def killed_in_the_last_rename(rank):
 @pytest.mark.slow
 def test_sigterm_to_torchrun_reaches_the_checkpoint(tmp_path):
     """As a cluster stops a job: the launcher is told, and tells its processes."""
-    out, root = tmp_path / "out", os.path.dirname(checkpoints.__file__)
+    out, root = tmp_path / "out", os.path.dirname(train.__file__)
     flags = f"{KINDS['medlm']} --max_steps 9999 --save_steps 9999 --output_dir {out}"
     launch = "-m torch.distributed.run --nproc_per_node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0"
     job = subprocess.Popen(

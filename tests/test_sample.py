@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-import cli
 import data
 import editflow
 import models
 import sample
+from plumbing import cli
 
 ROOT = Path(sample.__file__).parent
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

@@ -19,7 +19,7 @@ from fleet import Fleet, forkserver, metrics, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-import streaming
+from plumbing import streaming
 
 
 def jsonl(path, texts):

@@ -13,14 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoints
-import cli
 import data
 import medlm
 import models
 import parallel
 import sample
 import train
+from plumbing import checkpoints, cli
 
 ROOT = Path(train.__file__).parent
 TOY = "--dataset_args toy[train:48,test:6] --per_device_train_batch_size 8"

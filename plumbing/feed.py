@@ -13,8 +13,8 @@ import itertools
 
 import data
 import medlm
-import streaming
 from parallel import Ranks
+from plumbing import streaming
 
 
 class Encoder:

@@ -6,8 +6,8 @@ import math
 import time
 from pathlib import Path
 
-from checkpoints import trim_metrics
 from parallel import Ranks
+from plumbing.checkpoints import trim_metrics
 
 
 class Log:
