@@ -28,11 +28,13 @@ import lora
 import medlm
 import models
 import parallel
+import toy
 from parallel import LossModule, Ranks
 from plumbing import cli, streaming
 from plumbing.checkpoints import STATE, again, clear_output, prepare_output, save_checkpoint
 from plumbing.feed import Data, StreamedData
 from plumbing.log import Log
+from plumbing.tokenizer import MOST_TOKENS, load_tokenizer, train_tokenizer
 
 # ---------------------------------------------------------------------------------------------------- flags
 
@@ -50,7 +52,7 @@ def parse_args(argv=None):
       help="checkpoint directory or hub id to start from; without it: a new model")
     a("--preset", type=cli.spec(models.preset_sizes), default="tiny",
       help=f"size of a new model: {', '.join(models.PRESETS)}")
-    a("--vocab_size", type=n(int, low=300, high=data.MOST_TOKENS), default=4096,
+    a("--vocab_size", type=n(int, low=300, high=MOST_TOKENS), default=4096,
       help="size of the tokenizer trained for a new model")
     a("--parallel", choices=parallel.MODES, default="ddp",
       help="several processes: everything on each (ddp), the optimizer shared (zero1), weights too (fsdp)")
@@ -213,13 +215,13 @@ def prepare_model(args, resume: Path | None, texts, ranks: Ranks):
         directory = models.local_path(str(source))
         if args.overwrite_output_dir and directory.resolve().is_relative_to(Path(args.output_dir).resolve()):
             raise ValueError(f"--overwrite_output_dir would delete {directory}, from which this run is to start")
-        model, tokenizer = open_model(args, directory, resume), data.load_tokenizer(directory)
+        model, tokenizer = open_model(args, directory, resume), load_tokenizer(directory)
         models.check_rows(model, tokenizer, directory)
         if args.time_conditioned and not model.config.nanoedit.get("time_conditioned"):
             raise ValueError(f"--time_conditioned is for new models; {directory} was made without it")
     else:
         is_toy = data.is_toy(args.dataset_args)
-        tokenizer = data.toy_tokenizer() if is_toy else data.train_tokenizer(texts(), args.vocab_size)
+        tokenizer = toy.tokenizer() if is_toy else train_tokenizer(texts(), args.vocab_size)
         model = models.build(
             args.method, args.preset, tokenizer.vocab_size, time_conditioned=args.time_conditioned, seed=args.seed
         )

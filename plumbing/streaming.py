@@ -34,6 +34,7 @@ from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.utils import build_hf_headers
 
 import data
+import toy
 
 LANES = 16
 PIECE = 1 << 20  # bytes, at most; small corpora are cut finer
@@ -246,7 +247,7 @@ class Corpus:
         self.spec, self.seed, self.skip_bad, self.text_field = spec, seed, skip_bad_records, text_field
         self.bad, self.too_long, self.forms, self.files, self.begin, self.held_out = 0, 0, {}, [], {}, []
         for source in data.parse_spec(spec):
-            if source.name in data.TOY_SOURCES:
+            if source.name in toy.SOURCES:
                 raise ValueError(f"--streaming: {source.name} is made up in memory; leave --streaming out")
             if source.train is not None:
                 raise ValueError(f"--streaming does not count records: leave train:{source.train} out of {spec!r}")
