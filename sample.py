@@ -25,6 +25,7 @@ import medlm
 import models
 from frames import show_pair
 from plumbing import cli
+from plumbing.tokenizer import load_tokenizer
 
 
 def parse_args(argv=None):
@@ -116,7 +117,7 @@ class Text:
 def load(directory: Path, device: str, bf16: bool):
     """(model, tokenizer) of a checkpoint. Raises OSError / ValueError, also where the two do not belong together."""
     model = models.load(directory, device=device, dtype=torch.bfloat16 if bf16 else torch.float32).eval()
-    tokenizer = data.load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     models.check_rows(model, tokenizer, directory)
     return model, tokenizer
 

@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import medlm
 import models
+import toy
 from plot import Series, line_chart
+from plumbing.tokenizer import load_tokenizer
 
 PASSES = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 STAGES = ("stage2", "matched", "stage3")
@@ -41,8 +43,8 @@ def measure(checkpoint: Path) -> dict[int, tuple[float, float]]:
     kept, settings = directory / "passes.json", [MASKS, *(split(checkpoint.name, p) for p in PASSES)]
     if kept.is_file() and (found := json.loads(kept.read_text()))["settings"] == json.loads(json.dumps(settings)):
         return {int(s): tuple(v) for s, v in found["result"].items()}
-    model, tokenizer = models.load(str(directory)).eval(), data.load_tokenizer(directory)
-    questions = data.toy_prompts("test")
+    model, tokenizer = models.load(str(directory)).eval(), load_tokenizer(directory)
+    questions = toy.prompts("test")
     prompts = [data.encode_prompt([{"role": "user", "content": q}], tokenizer) for q in questions]
     result = {}
     for passes in tqdm(PASSES, desc=str(checkpoint), leave=False):
@@ -51,7 +53,7 @@ def measure(checkpoint: Path) -> dict[int, tuple[float, float]]:
             model, prompts, medlm.special_tokens(tokenizer),
             init_num=MASKS, mask_diffusion_step=masks, edit_diffusion_step=edits,
         )  # fmt: skip
-        checks = [data.toy_check(q, tokenizer.decode(d.response)) for q, d in zip(questions, decoded)]
+        checks = [toy.check(q, tokenizer.decode(d.response)) for q, d in zip(questions, decoded)]
         result[passes] = tuple(sum(column) / len(checks) for column in zip(*checks))
     kept.write_text(json.dumps({"settings": settings, "result": result}))
     return result
@@ -61,7 +63,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     """Mean over the seeds and its standard error; with one seed the error is that of 304 prompts."""
     n, mean = len(values), sum(values) / len(values)
     if n == 1:
-        return mean, math.sqrt(mean * (1 - mean) / len(data.toy_prompts("test")))
+        return mean, math.sqrt(mean * (1 - mean) / len(toy.prompts("test")))
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
 
 
@@ -76,7 +78,7 @@ def main():
     measured = {stage: [measure(seed / stage) for seed in seeds] for stage in STAGES}
     series = []
     for what, name in enumerate(("answers right", "responses valid")):
-        print(f"\n{name}, {len(seeds)} seeds, {len(data.toy_prompts('test'))} held-out prompts, percent")
+        print(f"\n{name}, {len(seeds)} seeds, {len(toy.prompts('test'))} held-out prompts, percent")
         print("passes " + "".join(f"{p:>12}" for p in PASSES))
         for stage in STAGES:
             points = [mean_and_error([run[p][what] for run in measured[stage]]) for p in PASSES]
