@@ -168,7 +168,8 @@ def write_result(out, messages, generated, seed: int, tokenizer, count: int) -> 
     prompt, text = messages[-1]["content"] if messages else "", tokenizer.decode(generated.response)
     draft = {} if generated.draft is None else {"draft": tokenizer.decode(generated.draft)}
     if out is not sys.stdout:
-        record = {"prompt": prompt, "response": text, "seed": seed, **draft, **generated.passes, **generated.details}
+        details = {name: round(value, 2) for name, value in generated.details.items()}
+        record = {"prompt": prompt, "response": text, "seed": seed, **draft, **generated.passes, **details}
         out.write(json.dumps(record, ensure_ascii=False) + "\n")
         out.flush()
         return
