@@ -22,12 +22,11 @@ over 2 symbols and 7 % over 20. Its token targets are ours on reversed sequences
 import warnings
 from array import array
 from concurrent.futures import ThreadPoolExecutor
-from operator import attrgetter
+from itertools import accumulate, pairwise
 
 import numpy as np
 
-KEEP, SUB, DEL, INS = 0, 1, 2, 3
-GAP = -1
+from ragged import DEL, GAP, INS, KEEP, SUB
 
 
 def _load():
@@ -64,9 +63,7 @@ def edit_script(noisy, clean) -> np.ndarray:
 
 def edit_scripts(noisy: list, clean: list, threads: int = 1) -> list[np.ndarray]:
     """`edit_script` for many pairs at once: one call into C, or one per thread; the GIL is released."""
-    (x, x_fence), (y, y_fence) = _pack_pairs(noisy, clean)
-    script, length = _scripts(x, x_fence, y, y_fence, threads)
-    return _split(script, x_fence[:-1] + y_fence[:-1], length)
+    return _scripts(*_pack(noisy, "noisy"), *_pack(clean, "clean"), threads)
 
 
 def align(x0, x1) -> tuple[np.ndarray, np.ndarray]:
@@ -74,12 +71,17 @@ def align(x0, x1) -> tuple[np.ndarray, np.ndarray]:
 
     Dropping the gaps gives x0 and x1 back; no column has two gaps (Edit Flows, section 3.2: the auxiliary alignment).
     """
-    script = edit_script(x0, x1)
-    z0 = np.full(len(script), GAP, dtype=np.int64)
-    z1 = z0.copy()
-    z0[script != INS] = x0
-    z1[script != DEL] = x1
-    return z0, z1
+    return align_batch([x0], [x1])[:2]
+
+
+def align_batch(x0: list, x1: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`align` for B pairs: z0 and z1 of all pairs end to end, and how many columns each pair has, int64 [B]."""
+    (x, x_fence), (y, y_fence) = _pack(x0, "x0"), _pack(x1, "x1")
+    scripts = _scripts(x, x_fence, y, y_fence)
+    op = _end_to_end(scripts)
+    z0, z1 = np.full((2, len(op)), GAP, dtype=np.int64)
+    z0[op != INS], z1[op != DEL] = x, y
+    return z0, z1, np.array([len(script) for script in scripts], dtype=np.int64)
 
 
 def edit_labels(noisy, clean, del_id: int, eos_id: int, ignore_id: int = -100) -> tuple[np.ndarray, np.ndarray]:
@@ -99,110 +101,80 @@ def edit_labels(noisy, clean, del_id: int, eos_id: int, ignore_id: int = -100) -
 
 def edit_labels_batch(noisy: list, clean: list, del_id: int, eos_id: int, ignore_id: int = -100, threads: int = 1):
     """`edit_labels` for many pairs at once: a list of (token_target, insert_target)."""
-    (x, x_fence), (y, y_fence) = _pack_pairs(noisy, clean)
-    special = _tokens([del_id, eos_id, ignore_id], "del_id, eos_id, ignore_id").tolist()
-    forbidden = np.flatnonzero(np.isin(y, special[:2]))
+    (x, x_fence), (y, y_fence) = _pack(noisy, "noisy"), _pack(clean, "clean")
+    forbidden = np.flatnonzero((y == del_id) | (y == eos_id))
     if len(forbidden):
         pair = np.searchsorted(y_fence, forbidden[0], side="right") - 1
         raise ValueError(
             f"clean[{pair}] contains {y[forbidden[0]]} at position {forbidden[0] - y_fence[pair]}, which is del_id or "
             "eos_id: its labels would be ambiguous. Remove special tokens from the target."
         )
-    script, length = _scripts(x, x_fence, y, y_fence, threads)
-    token_target, insert_target = np.empty(len(x), np.int64), np.empty(len(x) + len(noisy), np.int64)
-    if _compiled:
-        arrays = (x_fence, y, y_fence, script, length, *special, token_target, insert_target)
-        _call(_compiled.lib.edit_labels, len(noisy), threads, *arrays)
-    else:
-        for b, (i, j, out) in enumerate(_each_pair(x, x_fence, y, y_fence)):
-            labels = labels_in_python(x[i].tolist(), y[j].tolist(), script[out][: length[b]], *special)
-            token_target[i], insert_target[i.start + b : i.stop + b + 1] = labels
-    lengths = np.diff(x_fence)
-    gap_starts = x_fence[:-1] + np.arange(len(lengths))
-    return list(zip(_split(token_target, x_fence[:-1], lengths), _split(insert_target, gap_starts, lengths + 1)))
+    op = _end_to_end(_scripts(x, x_fence, y, y_fence, threads))
+    pair = np.arange(len(noisy))
+    right = np.insert(y.astype(np.int64), y_fence[1:], eos_id)  # `clean`, end to end, eos_id behind every pair
+    # per noisy token: is it deleted, and which entry of `right` comes next when its column is done
+    deleted = op[op != INS] == DEL
+    following = np.cumsum(op != DEL)[op != INS] + np.repeat(pair, np.diff(x_fence))
+    token_target = np.where(deleted, del_id, right[following - 1])
+    insert_target = np.where(deleted, ignore_id, right[following])
+    insert_target = np.insert(insert_target, x_fence[:-1], right[y_fence[:-1] + pair])  # the gap in front
+    gap_fence = x_fence + np.arange(len(x_fence))
+    return list(zip(_split(token_target, x_fence), _split(insert_target, gap_fence)))
 
 
-def _scripts(x, x_fence, y, y_fence, threads):
-    """Scripts of all pairs in one row, pair b from x_fence[b] + y_fence[b] on, and their lengths [B]."""
-    script, length = np.empty(len(x) + len(y), np.uint8), np.empty(len(x_fence) - 1, np.int64)
-    if _compiled:
-        _call(_compiled.lib.edit_scripts, len(length), threads, x, x_fence, y, y_fence, script, length)
-    else:
-        for b, (i, j, out) in enumerate(_each_pair(x, x_fence, y, y_fence)):
-            ops = script_in_python(x[i].tolist(), y[j].tolist())
-            script[out][: len(ops)], length[b] = ops, len(ops)
-    return script, length
-
-
-def _call(function, pairs, threads, *arguments):
-    """function(pairs, first, step, *arguments) for all pairs, divided between the threads."""
+def _scripts(x, x_fence, y, y_fence, threads=1) -> list[np.ndarray]:
+    """The script of every pair; `_pack` says how they arrive."""
+    pairs = len(x_fence) - 1
+    if len(y_fence) - 1 != pairs:
+        raise ValueError(f"{pairs} noisy sequences, but {len(y_fence) - 1} clean ones")
     if threads < 1:
         raise ValueError(f"threads is {threads}, must be at least 1")
-    ffi, types = _compiled.ffi, {1: "uint8_t[]", 4: "int32_t[]", 8: "int64_t[]"}
-    arguments = [ffi.from_buffer(types[a.itemsize], a) if isinstance(a, np.ndarray) else a for a in arguments]
+    if _compiled is None:
+        both = zip(_split(x, x_fence), _split(y, y_fence))
+        return [np.array(script_in_python(a.tolist(), b.tolist()), np.uint8) for a, b in both]
+    script, length = np.empty(len(x) + len(y), np.uint8), np.empty(pairs, np.int64)
+    types = {1: "uint8_t[]", 4: "int32_t[]", 8: "int64_t[]"}
+    arrays = [_compiled.ffi.from_buffer(types[a.itemsize], a) for a in (x, x_fence, y, y_fence, script, length)]
+
+    def every(first):
+        return _compiled.lib.edit_scripts(pairs, first, threads, *arrays)
+
     if threads == 1:
-        failed = function(pairs, 0, 1, *arguments)
+        failed = every(0)
     else:
         with ThreadPoolExecutor(threads) as pool:
-            failed = any(pool.map(lambda first: function(pairs, first, threads, *arguments), range(threads)))
+            failed = any(pool.map(every, range(threads)))
     if failed:
         raise MemoryError("edit distance: the table needs 2 bits per cell (n * m / 4 bytes) for the longest pair")
-
-
-def _pack_pairs(noisy, clean):
-    if len(noisy) != len(clean):
-        raise ValueError(f"{len(noisy)} noisy sequences, but {len(clean)} clean ones")
-    return _pack(noisy, "noisy"), _pack(clean, "clean")
+    starts = (x_fence[:-1] + y_fence[:-1]).tolist()
+    return [script[a : a + k] for a, k in zip(starts, length.tolist())]
 
 
 def _pack(sequences, name):
-    """Sequences end to end as int32 [T], and their fences int64 [B + 1]."""
-    if not _is_ready(sequences):
-        sequences = [_tokens(sequence, name) for sequence in sequences]
-    fence = np.zeros(len(sequences) + 1, dtype=np.int64)
-    np.cumsum(list(map(len, sequences)), out=fence[1:])
-    row = np.concatenate(sequences) if len(sequences) else np.empty(0, dtype=np.int32)
+    """Sequences end to end as int32 [T], and their fences int64 [B + 1]: b lies between fence[b] and fence[b + 1]."""
+    try:
+        if set(map(type, sequences)) != {np.ndarray}:
+            sequences = [np.asarray(array("i", s) if isinstance(s, (list, tuple)) else s) for s in sequences]
+        row = np.concatenate(sequences) if sequences else np.empty(0, np.int32)
+    except TypeError as error:
+        raise TypeError(f"{name}: token ids must be integers ({error})") from None
+    except (OverflowError, ValueError) as error:
+        raise ValueError(f"{name}: must be lists or 1-D arrays of integers that fit in int32 ({error})") from None
+    if row.ndim != 1:
+        raise ValueError(f"{name}: a sequence must have one dimension, found shape {row.shape}")
+    if row.dtype.kind not in "iu":
+        raise TypeError(f"{name}: token ids must be integers, found {row.dtype}")
     if row.dtype != np.int32 and len(row) and not -(2**31) <= row.min() <= row.max() < 2**31:
         raise ValueError(f"{name}: token ids must fit in int32, found {row.min()} to {row.max()}")
-    return row.astype(np.int32, copy=False), fence
+    return row.astype(np.int32, copy=False), np.array([0, *accumulate(map(len, sequences))], np.int64)
 
 
-def _is_ready(sequences):
-    """Whether all are 1-D arrays, int32 or int64, so that nothing has to be looked at one by one (sets are quick)."""
-    return (
-        set(map(type, sequences)) == {np.ndarray}
-        and set(map(attrgetter("dtype"), sequences)) <= {np.dtype(np.int32), np.dtype(np.int64)}
-        and set(map(attrgetter("ndim"), sequences)) == {1}
-    )
+def _split(row, fence):
+    return [row[a:b] for a, b in pairwise(fence.tolist())]
 
 
-def _tokens(sequence, name):
-    """One sequence as a 1-D array, int32 or int64."""
-    if isinstance(sequence, (list, tuple)):
-        try:
-            return np.asarray(array("i", sequence))
-        except OverflowError:
-            raise ValueError(f"{name}: token ids must fit in int32") from None
-        except TypeError as error:
-            raise TypeError(f"{name}: token ids must be integers ({error})") from None
-    tokens = np.asarray(sequence)
-    if tokens.ndim != 1:
-        raise ValueError(f"{name}: a sequence must have one dimension, found shape {tokens.shape}")
-    if tokens.dtype.kind not in "iu":
-        raise TypeError(f"{name}: token ids must be integers, found {tokens.dtype}")
-    if tokens.dtype == np.uint64 and (tokens >= 2**31).any():
-        raise ValueError(f"{name}: token ids must fit in int32, found {tokens.max()}")
-    return tokens.astype(np.int64)
-
-
-def _each_pair(x, x_fence, y, y_fence):
-    """Where pair b lies in the rows of noisy tokens, clean tokens and scripts, as slices."""
-    for i, i_end, j, j_end in zip(x_fence[:-1], x_fence[1:], y_fence[:-1], y_fence[1:]):
-        yield slice(i, i_end), slice(j, j_end), slice(i + j, i_end + j_end)
-
-
-def _split(row, starts, lengths):
-    return [row[a:b] for a, b in zip(starts.tolist(), (starts + lengths).tolist())]
+def _end_to_end(scripts):
+    return np.concatenate(scripts) if scripts else np.empty(0, np.uint8)
 
 
 def script_in_python(noisy: list, clean: list) -> list[int]:
