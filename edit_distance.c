@@ -22,7 +22,8 @@
 
    d0 follows from eq and from vp and vn of the column before: a step is free if eq or vn is set, or if the step into the
    row before is free and vp is set there. Such runs are what the carries of an addition do: hence the plus sign. Then hp
-   and hn follow from d0, vp and vn; the new vp and vn from d0, hp and hn of the row before, one shift away.
+   and hn follow from d0, vp and vn; the new vp and vn from d0, hp and hn of the row before, one shift away. Of hp the
+   complement is stored, which shortens the chain of operations from column to column: a tenth of the time.
 
    More than 64 rows.  The table is filled word by word, 64 rows from the first to the last column, then the next 64
    rows. What a word must know of the word before it are hp and hn of its last row, two bits per column.
@@ -50,10 +51,10 @@ typedef struct { /* one pair at work, after its common prefix; the memory is kep
     int64_t n, m;
     void *memory;
     size_t capacity;
-    word *words;                    /* [words of a column][m] */
-    slot *slots;                    /* [1 << slot_bits]: a hash table */
-    slot **row_slot, **column_slot; /* [n], [m]: where the token of a row, of a column, is */
-    uint8_t *hp_before, *hn_before; /* [m]: hp and hn of the last row of the word before */
+    word *words;                        /* [words of a column][m] */
+    slot *slots;                        /* [1 << slot_bits]: a hash table */
+    slot **row_slot, **column_slot;     /* [n], [m]: where the token of a row, of a column, is */
+    uint8_t *not_hp_before, *hn_before; /* [m]: of the last row of the word before */
     int slot_bits;
 } pair;
 
@@ -84,31 +85,33 @@ static int set_up(pair *p)
     p->slots = (slot *)(p->words + words);
     p->row_slot = (slot **)(p->slots + slots);
     p->column_slot = p->row_slot + n;
-    p->hp_before = (uint8_t *)(p->column_slot + m);
-    p->hn_before = p->hp_before + m;
+    p->not_hp_before = (uint8_t *)(p->column_slot + m);
+    p->hn_before = p->not_hp_before + m;
 
     memset(p->slots, 0, slots * sizeof(slot));
     for (int64_t r = 0; r < n; r++) p->row_slot[r] = find_slot(p, p->noisy[n - 1 - r]);
     for (int64_t c = 0; c < m; c++) p->column_slot[c] = find_slot(p, p->clean[m - 1 - c]);
-    for (int64_t c = 0; c < m; c++) p->hp_before[c] = 1, p->hn_before[c] = 0; /* the table's edge: 0, 1, 2, ... */
+    memset(p->not_hp_before, 0, 2 * m); /* both: along the edge the table grows by one per column */
     return 0;
 }
 
 static void fill(const pair *p)
 {
-    for (int64_t first = 0; first < p->n; first += 64) {
-        int64_t end = first + 64 < p->n ? first + 64 : p->n;
-        word *words = p->words + first / 64 * p->m;
+    const int64_t n = p->n, m = p->m;
+    uint8_t *not_hp_before = p->not_hp_before, *hn_before = p->hn_before;
+    for (int64_t first = 0; first < n; first += 64) {
+        int64_t end = first + 64 < n ? first + 64 : n;
+        word *words = p->words + first / 64 * m;
         uint64_t vp = -1, vn = 0; /* the other edge */
         for (int64_t r = first; r < end; r++) p->row_slot[r]->rows |= (uint64_t)1 << (r - first);
-        for (int64_t c = 0; c < p->m; c++) {
-            uint64_t hp_in = p->hp_before[c], hn_in = p->hn_before[c];
+        for (int64_t c = 0; c < m; c++) {
+            uint64_t not_hp_in = not_hp_before[c], hn_in = hn_before[c];
             uint64_t eq = p->column_slot[c]->rows | hn_in;
             uint64_t d0 = (((eq & vp) + vp) ^ vp) | eq | vn;
-            uint64_t hp = vn | ~(d0 | vp), hn = vp & d0;
-            p->hp_before[c] = hp >> 63, p->hn_before[c] = hn >> 63;
-            hp = hp << 1 | hp_in, hn = hn << 1 | hn_in; /* now of the row before */
-            vp = hn | ~(d0 | hp), vn = hp & d0;
+            uint64_t not_hp = (d0 | vp) & ~vn, hn = d0 & vp;
+            not_hp_before[c] = not_hp >> 63, hn_before[c] = hn >> 63;
+            not_hp = not_hp << 1 | not_hp_in, hn = hn << 1 | hn_in; /* now of the row before */
+            vp = (not_hp & ~d0) | hn, vn = d0 & ~not_hp;
             words[c] = (word){d0, vp};
         }
         for (int64_t r = first; r < end; r++) p->row_slot[r]->rows = 0;
@@ -133,10 +136,10 @@ static int64_t trace(const pair *p, uint8_t *script)
     return k;
 }
 
-/* Scripts of pairs first, first + step, ... of all `pairs`. Sequences lie end to end, between their fences; the script
-   of pair b starts at noisy_fence[b] + clean_fence[b] and has length[b] columns. Returns -1 when out of memory. */
-int edit_scripts(int64_t pairs, int64_t first, int64_t step, const int32_t *noisy, const int64_t *noisy_fence,
-                 const int32_t *clean, const int64_t *clean_fence, uint8_t *script, int64_t *length)
+/* Scripts of the pairs first, first + step, ... of all. Sequences lie end to end, between their fences; the script of
+   pair b starts at noisy_fence[b] + clean_fence[b] and has length[b] columns. Returns -1 when out of memory. */
+int edit_scripts(int64_t pairs, const int32_t *noisy, const int64_t *noisy_fence, const int32_t *clean,
+                 const int64_t *clean_fence, uint8_t *script, int64_t *length, int64_t step, int64_t first)
 {
     pair p = {0};
     int failed = 0;
