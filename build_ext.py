@@ -18,8 +18,8 @@ SOURCE = HERE / "edit_distance.c"
 LIBRARY = HERE / f"_edit_distance{sysconfig.get_config_var('EXT_SUFFIX')}"  # one per Python version
 
 DECLARATION = """
-    int edit_scripts(int64_t pairs, int64_t first, int64_t step, const int32_t *noisy, const int64_t *noisy_fence,
-                     const int32_t *clean, const int64_t *clean_fence, uint8_t *script, int64_t *length);
+    int edit_scripts(int64_t pairs, const int32_t *noisy, const int64_t *noisy_fence, const int32_t *clean,
+                     const int64_t *clean_fence, uint8_t *script, int64_t *length, int64_t step, int64_t first);
 """
 
 

@@ -136,10 +136,10 @@ static int64_t trace(const pair *p, uint8_t *script)
     return k;
 }
 
-/* Scripts of pairs first, first + step, ... of all `pairs`. Sequences lie end to end, between their fences; the script
-   of pair b starts at noisy_fence[b] + clean_fence[b] and has length[b] columns. Returns -1 when out of memory. */
-int edit_scripts(int64_t pairs, int64_t first, int64_t step, const int32_t *noisy, const int64_t *noisy_fence,
-                 const int32_t *clean, const int64_t *clean_fence, uint8_t *script, int64_t *length)
+/* Scripts of the pairs first, first + step, ... of all. Sequences lie end to end, between their fences; the script of
+   pair b starts at noisy_fence[b] + clean_fence[b] and has length[b] columns. Returns -1 when out of memory. */
+int edit_scripts(int64_t pairs, const int32_t *noisy, const int64_t *noisy_fence, const int32_t *clean,
+                 const int64_t *clean_fence, uint8_t *script, int64_t *length, int64_t step, int64_t first)
 {
     pair p = {0};
     int failed = 0;

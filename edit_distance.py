@@ -20,12 +20,14 @@ the letter, those labels never reach the target on 27 % of random pairs over 2 s
 import warnings
 from array import array
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import accumulate, pairwise
 
 import numpy as np
 
 from ragged import DEL, GAP, INS, KEEP, SUB
 
+_NO_COLUMNS = np.empty(0, np.uint8)
 
 try:
     import build_ext
@@ -72,7 +74,7 @@ def align_batch(x0: list, x1: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     """`align` for B pairs: z0 and z1 of all pairs end to end, and how many columns each pair has, int64 [B]."""
     (x, x_fence), (y, y_fence) = _pack(x0, "x0"), _pack(x1, "x1")
     scripts = _scripts(x, x_fence, y, y_fence)
-    op = _end_to_end(scripts)
+    op = np.concatenate(scripts or [_NO_COLUMNS])
     z0, z1 = np.full((2, len(op)), GAP, dtype=np.int64)
     z0[op != INS], z1[op != DEL] = x, y
     return z0, z1, np.array([len(script) for script in scripts], dtype=np.int64)
@@ -96,18 +98,15 @@ def edit_labels(noisy, clean, del_id: int, eos_id: int, ignore_id: int = -100) -
 def edit_labels_batch(noisy: list, clean: list, del_id: int, eos_id: int, ignore_id: int = -100, threads: int = 1):
     """`edit_labels` for many pairs at once: a list of (token_target, insert_target)."""
     (x, x_fence), (y, y_fence) = _pack(noisy, "noisy"), _pack(clean, "clean")
-    forbidden = np.flatnonzero((y == del_id) | (y == eos_id))
-    if len(forbidden):
-        pair = np.searchsorted(y_fence, forbidden[0], side="right") - 1
-        raise ValueError(
-            f"clean[{pair}] contains {y[forbidden[0]]} at position {forbidden[0] - y_fence[pair]}, which is del_id or "
-            "eos_id: its labels would be ambiguous. Remove special tokens from the target."
-        )
-    op = _end_to_end(_scripts(x, x_fence, y, y_fence, threads))
+    ambiguous = (y == del_id) | (y == eos_id)
+    if ambiguous.any():
+        pair = np.searchsorted(y_fence, ambiguous.argmax(), side="right") - 1
+        raise ValueError(f"clean[{pair}] contains del_id or eos_id: its labels would be ambiguous. Remove them there.")
+    op = np.concatenate(_scripts(x, x_fence, y, y_fence, threads) or [_NO_COLUMNS])
     pair = np.arange(len(noisy) + 1)
-    right = np.insert(y.astype(np.int64), y_fence[1:], eos_id)  # `clean` of all pairs, eos_id behind each
-    deleted = op[op != INS] == DEL  # [len(x)], as the next three
-    after = np.cumsum(op != DEL)[op != INS] + np.repeat(pair[:-1], np.diff(x_fence))  # what follows, in `right`
+    right = np.insert(y.astype(np.int64), y_fence[1:], eos_id)  # eos_id behind each pair: y[j], of pair b, at j + b
+    deleted = op[op != INS] == DEL  # per noisy token, as the next three
+    after = np.cumsum(op != DEL)[op != INS] + np.repeat(pair[:-1], np.diff(x_fence))  # where in `right` its column ends
     token_target = np.where(deleted, del_id, right[after - 1])
     insert_target = np.where(deleted, ignore_id, right[after])
     insert_target = np.insert(insert_target, x_fence[:-1], right[(y_fence + pair)[:-1]])  # the gaps in front
@@ -119,27 +118,21 @@ def _scripts(x, x_fence, y, y_fence, threads=1) -> list[np.ndarray]:
     pairs = len(x_fence) - 1
     if len(y_fence) - 1 != pairs:
         raise ValueError(f"{pairs} noisy sequences, but {len(y_fence) - 1} clean ones")
-    if threads < 1:
-        raise ValueError(f"threads is {threads}, must be at least 1")
     if _compiled is None:
         both = zip(_split(x, x_fence), _split(y, y_fence))
         return [np.array(script_in_python(a.tolist(), b.tolist()), np.uint8) for a, b in both]
     script, length = np.empty(len(x) + len(y), np.uint8), np.empty(pairs, np.int64)
     types = {1: "uint8_t[]", 4: "int32_t[]", 8: "int64_t[]"}
     arrays = [_compiled.ffi.from_buffer(types[a.itemsize], a) for a in (x, x_fence, y, y_fence, script, length)]
-
-    def every(first):
-        return _compiled.lib.edit_scripts(pairs, first, threads, *arrays)
-
+    run = partial(_compiled.lib.edit_scripts, pairs, *arrays, threads)
     if threads == 1:
-        failed = every(0)
+        failed = run(0)
     else:
         with ThreadPoolExecutor(threads) as pool:
-            failed = any(pool.map(every, range(threads)))
+            failed = any(pool.map(run, range(threads)))
     if failed:
         raise MemoryError("edit distance: the table needs 2 bits per cell (n * m / 4 bytes) for the longest pair")
-    starts = (x_fence[:-1] + y_fence[:-1]).tolist()
-    return [script[a : a + k] for a, k in zip(starts, length.tolist())]
+    return [script[a : a + k] for a, k in zip((x_fence + y_fence).tolist(), length.tolist())]
 
 
 def _pack(sequences, name):
@@ -158,23 +151,17 @@ def _split(row, fence):
     return [row[a:b] for a, b in pairwise(fence.tolist())]
 
 
-def _end_to_end(scripts):
-    return np.concatenate(scripts) if scripts else np.empty(0, np.uint8)
-
-
 def script_in_python(noisy: list, clean: list) -> list[int]:
     """The canonical script, cell by cell: the fallback, and what the tests hold edit_distance.c to."""
     n, m = len(noisy), len(clean)
-    # rest[i][j]: distance between noisy[i:] and clean[j:]; this is what it is where one of them is empty
-    rest = [[(n - i) + (m - j) for j in range(m + 1)] for i in range(n + 1)]
+    rest = [[n - i + m - j for j in range(m + 1)] for i in range(n + 1)]  # distance between noisy[i:] and clean[j:]
     for i in reversed(range(n)):
         for j in reversed(range(m)):
             if noisy[i] == clean[j]:
                 rest[i][j] = rest[i + 1][j + 1]
             else:
                 rest[i][j] = 1 + min(rest[i + 1][j + 1], rest[i + 1][j], rest[i][j + 1])
-    i = j = 0
-    script = []
+    i, j, script = 0, 0, []
     while i < n or j < m:
         if i < n and j < m and noisy[i] == clean[j]:
             op = KEEP
