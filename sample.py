@@ -14,7 +14,6 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from trace import Trace, show, write_gif, write_html
 
 import torch
 from tqdm import tqdm
@@ -23,8 +22,8 @@ import data
 import editflow
 import medlm
 import models
-from frames import show_pair
 from plumbing import cli
+from plumbing.picture import Trace, show, write_gif, write_html
 
 
 def parse_args(argv=None):
@@ -251,9 +250,7 @@ def main(argv=None):
             )
             if trace and i == 0:
                 trace.finish(final_state(model, tokenizer, jobs[0][1], texts[0]))
-                if trace.screen:  # the frames have been seen
-                    show_pair(trace)
-                elif args.show:
+                if args.show and not trace.screen:  # the frames have not been seen
                     show(trace)
             out = out or open(args.output, "w", encoding="utf-8")  # noqa: SIM115
             for (messages, _, seed), text in zip(batch, texts):
@@ -339,7 +336,6 @@ def interact(model, tokenizer, args) -> None:
             continue
         if trace.screen:
             trace.finish(final_state(model, tokenizer, ids, text))
-            show_pair(trace)
         answer = tokenizer.decode(text.ids)
         print(answer)
         turn += 1

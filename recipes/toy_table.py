@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import medlm
 import models
-from plot import Series, line_chart
+from recipes.plot import plot_means
 
 PASSES = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 STAGES = ("stage2", "matched", "stage3")
@@ -74,19 +74,18 @@ def main():
     if not seeds:
         sys.exit(f"{args.runs}: no finished seed; run recipes/toy_medlm.sh 1 first")
     measured = {stage: [measure(seed / stage) for seed in seeds] for stage in STAGES}
-    series = []
+    curves = {}
     for what, name in enumerate(("answers right", "responses valid")):
         print(f"\n{name}, {len(seeds)} seeds, {len(data.toy_prompts('test'))} held-out prompts, percent")
         print("passes " + "".join(f"{p:>12}" for p in PASSES))
         for stage in STAGES:
             points = [mean_and_error([run[p][what] for run in measured[stage]]) for p in PASSES]
             print(f"{stage:7}" + "".join(f"{100 * m:7.1f} ±{100 * e:4.1f}" for m, e in points))
-            mean, error = ([100 * value for value in column] for column in zip(*points))
-            series.append(Series(f"{stage}, {name}", list(PASSES), mean, "line" if what else "both", error=error))
+            curves[f"{stage}, {name}"] = [[100 * value for value in column] for column in zip(*points)]
         gains = [min(a[p][what] - b[p][what] for a, b in zip(measured["stage3"], measured["matched"])) for p in PASSES]
         print("worst  " + "".join(f"{100 * g:+12.1f}" for g in gains) + "   stage3 - matched, worst seed")
     title = "Toy task: the same number of passes, with and without edits"
-    line_chart(series, args.plot, title, "passes", "percent", log_x=True, x_ticks=list(PASSES))
+    plot_means(curves, PASSES, args.plot, title=title, xlabel="passes", ylabel="percent")
     print(f"\nplot in {args.plot}")
 
 
