@@ -40,7 +40,8 @@ def parse_args(argv=None):
     f.choice("--output", default="-", help="a .jsonl file for the results (- prints them)")
     f.flag("--bf16", help="compute in bf16")
     f.flag("--show", help="watch the first text being written on the terminal")
-    f.choice("--make_gif", nargs="?", const="decode_trace.gif", metavar="FILE", help="draw the first text being written")
+    f.choice("--make_gif", nargs="?", const="decode_trace.gif", metavar="FILE",
+             help="draw the first text being written")
     f.choice("--make_html", nargs="?", const="decode_trace.html", metavar="FILE",
              help="the same as a page to step through")
     methods.sampling_flags(f)

@@ -956,3 +956,25 @@ def test_insertions_stop_where_the_positions_end(rows, limit):
 def test_a_text_never_outgrows_the_model():
     sampled = sample(Scripted(ins=3.0), [[BOS, 1], [BOS]], x0=[[], [1] * 4], steps=30, max_length=12)
     assert [len(s.response) for s in sampled] == [10, 11]
+
+
+# ---------------------------------------------------------------------------------------------------- time
+
+
+def test_time_conditioning_starts_as_a_no_op_and_then_works_per_sequence():
+    model = real_model.__wrapped__(time_conditioned=True)
+    x = Ragged.pack([[BOS, 1, 2, 3, 4], [BOS, 4, 3, 2, 1, 1, 2]])
+    assert torch.equal(model(x, torch.tensor([0.1, 0.9])), model.model(x))
+    (model(x, torch.tensor([0.1, 0.9])).sum()).backward()
+    assert model.time_embed[2].weight.grad.abs().max() > 0, "and yet it can learn"
+    nn.init.normal_(model.time_embed[2].weight, generator=seeded(0))
+    a, b = model(x, torch.tensor([0.1, 0.9])), model(x, torch.tensor([0.1, 0.3]))
+    assert torch.equal(a[:5], b[:5])
+    assert (a[5:] - b[5:]).abs().min(1).values.max() > 1e-4
+
+
+def test_time_features_tell_close_times_apart():
+    f = editflow.time_features(torch.linspace(0, 1, 1001))
+    assert f.shape == (1001, editflow.TIME_FEATURES)
+    assert f.dtype == torch.float32
+    assert (f[1:] - f[:-1]).norm(dim=1).min() > 0.5

@@ -1,8 +1,7 @@
 """Checkpoints that an earlier version of this repository wrote still open: they go on, and decode, as they did then.
 
 tests/written_before holds, for each method, the checkpoint of step 2 of a run of 4 steps, adapters on such a model, and
-what the earlier version made of them: the losses of all steps, and texts. (For --x0_sampler uniform and the like see
-test_editflow.py: nothing about them depends on the version.)
+what the earlier version made of them: the losses of all steps, and texts.
 """
 
 import json
@@ -41,4 +40,5 @@ def test_texts_are_what_they_were(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # adapters name their base by a relative path
     flags = f"--model_name_or_path {kind} --prompt Ann --num_samples 4 --steps 8 -n 12 -m 4 -e 2 --output texts.jsonl"
     sample.main(flags.split())
-    assert [json.loads(line)["response"] for line in open("texts.jsonl")] == EXPECTED[kind]["texts"]
+    lines = Path("texts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["response"] for line in lines] == EXPECTED[kind]["texts"]
