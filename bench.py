@@ -37,7 +37,7 @@ import medlm
 import models
 import plan
 from edit_distance import edit_scripts
-from plumbing import cli, streaming
+from plumbing import cli, feed
 from ragged import Ragged
 
 
@@ -420,12 +420,13 @@ def streamed_run(file: Path, out: Path, steps: int) -> tuple[float, float]:
 
 
 def reading_speed(file: Path) -> float:
-    """MB of text per second out of one lane, without tokenizer."""
-    corpus = streaming.Corpus(str(file), 0, 0, None, False)
-    lane = streaming.Lane(corpus, 0, 1, lambda pool, rng: [[record["text"] for _, record in pool]])
+    """MB of text per second out of a corpus, without tokenizer."""
+    corpus = feed.Corpus(str(file), 0, 0, None, False)
     start, read = time.perf_counter(), 0
-    while read < 2e8 and lane.epoch == 0:
-        read += sum(map(len, lane.take()))
+    for piece in corpus.deal(1, 0)[0]:
+        read += sum(len(record["text"]) for _, _, records in corpus.records(piece) for record in records)
+        if read > 2e8:
+            break
     return read / 1e6 / (time.perf_counter() - start)
 
 

@@ -18,6 +18,7 @@ import math
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -29,9 +30,9 @@ import medlm
 import models
 import parallel
 from parallel import LossModule, Ranks
-from plumbing import cli, streaming
+from plumbing import cli, feed
 from plumbing.checkpoints import STATE, again, clear_output, prepare_output, save_checkpoint
-from plumbing.feed import Data, StreamedData
+from plumbing.feed import Corpus, MemoryFeed, StreamedFeed
 from plumbing.log import Log
 
 # ---------------------------------------------------------------------------------------------------- flags
@@ -263,9 +264,10 @@ def prepare_data_and_model(args, resume: Path | None, ranks: Ranks):
     """(model, tokenizer, dataset, steps per epoch). The data come first, for a new tokenizer is trained on them."""
     if args.streaming:
         hold_out = 0 if args.eval_strategy == "no" else 200
-        corpus = streaming.Corpus(args.dataset_args, args.seed, hold_out, args.text_field, args.skip_bad_records)
+        corpus = Corpus(args.dataset_args, args.seed, hold_out, args.text_field, args.skip_bad_records)
         model, tokenizer = prepare_model(args, resume, lambda: data.texts(corpus.sample()), ranks)
-        dataset, steps_per_epoch = StreamedData(args, tokenizer, corpus, ranks), math.inf
+        method, settings = feed_method(args, model, tokenizer)
+        dataset = StreamedFeed(args, method, settings, tokenizer, corpus, ranks)
     else:
         train_records, eval_records, reports = data.load_records(
             args.dataset_args, args.seed, text_field=args.text_field, skip_bad_records=args.skip_bad_records
@@ -273,17 +275,30 @@ def prepare_data_and_model(args, resume: Path | None, ranks: Ranks):
         for report in reports:
             ranks.say(str(report))
         model, tokenizer = prepare_model(args, resume, lambda: data.texts(train_records), ranks)
-        dataset = Data(args, tokenizer, train_records, eval_records, ranks)
-        steps_per_epoch = len(dataset.epoch(0)) / dataset.group
+        method, settings = feed_method(args, model, tokenizer)
+        dataset = MemoryFeed(args, method, settings, tokenizer, train_records, eval_records, ranks)
     if args.method == "editflow":
         prepare_source(model, dataset, resume)
-    return model, tokenizer, dataset, steps_per_epoch
+    return model, tokenizer, dataset, dataset.steps_per_epoch
 
 
-def prepare_source(model, dataset: Data, resume: Path | None) -> None:
+def feed_method(args, model, tokenizer):
+    """(method, settings) as feed.py asks for them."""
+    settings = model.config.nanoedit
+
+    def check_example(example, settings):
+        if args.method == "medlm" and args.intermediate_ratio:
+            medlm.response_text(example.response, medlm.special_tokens(tokenizer))
+        is_draft = args.method == "editflow" and editflow.source(settings["x0_sampler"]).kind == "draft"
+        if args.streaming and is_draft and example.draft is None:
+            raise ValueError('--x0_sampler draft: no "draft" field to start from')
+
+    return SimpleNamespace(PACKED=args.method == "medlm", check_example=check_example), settings
+
+
+def prepare_source(model, dataset: MemoryFeed, resume: Path | None) -> None:
     """What the x0_sampler needs: token frequencies, or a draft in every example. Raises ValueError without drafts."""
     kind, start = editflow.source(model.config.nanoedit["x0_sampler"])
-    dataset.encoder.needs_draft = kind == "draft"
     rows = dataset.rows()
     if kind == "uniform" and not (resume and hasattr(model, "unigram")):
         model.set_unigram(unigram(rows, model.config.vocab_size))
@@ -293,7 +308,7 @@ def prepare_source(model, dataset: Data, resume: Path | None) -> None:
         raise ValueError(f'--x0_sampler draft: {lacking} of the records have no "draft" field to start from')
     if isinstance(model.model, models.Bert):  # on the way from x0 to x1 a text holds tokens of both
         longest = max(len(e) + (len(e.draft or []) if kind == "draft" else start) for e in examples)
-        if isinstance(dataset, StreamedData):  # these are only some
+        if isinstance(dataset, StreamedFeed):  # these are only some
             longest = dataset.args.max_length + (dataset.args.max_length if kind == "draft" else start)
         if longest > models.max_positions(model.config):
             raise ValueError(
@@ -452,7 +467,7 @@ class StopSignal:
 
     def receive(self, number, frame):
         self.requested, self.status = True, 130 if number == signal.SIGINT else 0
-        streaming.hurry.set()
+        feed.stop_requested.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def check(self, fault: Exception | None = None) -> None:

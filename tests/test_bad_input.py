@@ -34,7 +34,7 @@ import evaluate
 import models
 import sample
 import train
-from plumbing import cli, streaming
+from plumbing import cli, feed
 
 SECONDS = 20  # after which a command counts as hanging
 LONGEST = 1500  # characters of an error
@@ -208,7 +208,7 @@ def run(monkeypatch, capsys):
         return end.value.code, capsys.readouterr().err
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
-    monkeypatch.setattr(streaming, "WAITS", (0.01,))
+    monkeypatch.setattr(feed, "WAITS", (0, 0.01))
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     signal.signal(signal.SIGALRM, stop)
     yield start
