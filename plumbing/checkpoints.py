@@ -11,6 +11,7 @@ A checkpoint is written as OUT/.writing-500 and renamed when it is complete; an 
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -19,6 +20,11 @@ from safetensors.torch import save_file
 import lora
 import models
 import parallel
+from lora import PREFIX, check_base, read_adapter_config  # noqa: F401
+from models import (  # noqa: F401
+    LLADA_NAMES, disk_name, indexed_files, llada_config, local_path, open_tensors, read_config, read_tensor, rename,
+    tensor_files,
+)  # fmt: skip
 
 STATE = "train_state.json"
 
@@ -148,3 +154,36 @@ def trim_metrics(file: Path, step: int) -> list[dict]:
     except OSError as e:
         raise OSError(f"{file}: cannot be written to ({e.strerror or e})") from e
     return kept
+
+
+def build_model(method: str, config):
+    from plumbing import methods
+
+    return methods.get(method).Model(config)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes beside, syncs and renames: the file is there whole or not at all."""
+    partial = path.with_name(f".writing-{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value) -> None:
+    write_whole(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def whole_directory(target: Path):
+    """A directory beside the target to write into; renamed to it at the end, or removed."""
+    partial = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.iterdir():
+            sync(file)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
