@@ -9,22 +9,22 @@ The weights of the backbone are never changed, only renamed where they must be. 
     find    every tensor of the source by its file's header, under the one name by which we know it
     tokens  the tokenizer gets the special tokens that editing needs; the vocabulary may grow by a few rows
     plan    where each tensor of the target comes from: copied, a copy of the output matrix, or new
-    write   one tensor at a time, from memory map to file: an 8B model passes through the memory of its largest tensor
+    write   file by file, each of at most SHARD_BYTES: no more of a model is in memory at a time
 
 All complaints (missing tensors, wrong shapes, a tokenizer that does not fit) come before the first byte is written, and
 the output directory appears, complete, at the end or not at all.
 
 What `--to` makes:
+    a method        backbone, the method's vocabulary heads (copies of the output matrix), and what else it has (new).
+                    editflow: sub_logits, ins_logits; small, random rate_heads. medlm: lm_head, next_token_head.
     bidirectional   backbone and output matrix under their Hugging Face names, plus the special tokens
-    editflow        backbone, sub_logits and ins_logits (copies of the output matrix) and rate_heads (small, random)
-    medlm           backbone, lm_head (the output matrix) and next_token_head (a copy of it)
     hf              backbone and output matrix (sub_logits or lm_head) for other tools. LLaDA and Dream have the
                     architectures of Llama and Qwen2, so they are written as such and need no code of their own.
                     `is_causal: false` in the config tells transformers (5 and later) to look both ways.
 """
 
+import errno
 import json
-import math
 import os
 import re
 import shutil
@@ -35,19 +35,18 @@ from pathlib import Path
 
 import tokenizers
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-import editflow
-import lora
 import models
-from plumbing import cli
+from plumbing import checkpoints, cli, methods
 from plumbing.tokenizer import CHAT_TEMPLATE, DEL_TOKEN, SPECIAL_TOKENS, Tokenizer, load_tokenizer, read_json
 
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 2 * 10**9  # a file of the target; a larger tensor has a file for itself
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 QUESTION_ANSWER_TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}
@@ -67,54 +66,47 @@ ENCODER_TOKENS = {  # the roles that a tokenizer of this family plays even where
 
 # Settings under which a checkpoint would load, but compute something else than its authors' code.
 REQUIRED = {
-    "hidden_act": ("silu", "gelu"), "hidden_activation": ("gelu",), "position_embedding_type": ("absolute",),
-    "use_sliding_window": (False,), "is_decoder": (False,), "partial_rotary_factor": (1.0,),
-    "activation_type": ("silu",), "block_type": ("llama",), "layer_norm_type": ("rms",), "alibi": (False,),
-    "include_bias": (False,), "include_qkv_bias": (False,), "scale_logits": (False,), "input_emb_norm": (False,),
-    "attention_layer_norm": (False,), "rope": (True,),
+    "position_embedding_type": "absolute", "use_sliding_window": False, "is_decoder": False,
+    "partial_rotary_factor": 1.0, "alibi": False, "include_bias": False, "include_qkv_bias": False,
+    "scale_logits": False, "input_emb_norm": False, "attention_layer_norm": False, "rope": True,
 }  # fmt: skip
 
-# How Hugging Face names what we call lm_head, in files: the matrix, and the bias (BERT's has two names).
-OUTPUT_WEIGHT = {
-    "modernbert": "decoder.weight",
-    "bert": "cls.predictions.decoder.weight",
-    "roberta": "lm_head.decoder.weight",
+# Hugging Face's names, in files, of what we call lm_head.weight and lm_head.bias; BERT's bias has two.
+OUTPUT_NAMES = {
+    "modernbert": ("decoder.weight", "decoder.bias"),
+    "bert": ("cls.predictions.decoder.weight", "cls.predictions.bias", "cls.predictions.decoder.bias"),
+    "roberta": ("lm_head.decoder.weight", "lm_head.bias", "lm_head.decoder.bias"),
 }
-OUTPUT_BIAS = {
-    "modernbert": ["decoder.bias"],
-    "bert": ["cls.predictions.bias", "cls.predictions.decoder.bias"],
-    "roberta": ["lm_head.bias", "lm_head.decoder.bias"],
-}
+DECODER_OUTPUT = ("lm_head.weight", "lm_head.bias")
 HF_TYPE = {"llada": "llama", "dream": "qwen2"}
 HF_CLASS = {
     "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
     "modernbert": "ModernBertForMaskedLM", "bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM",
 }  # fmt: skip
 BARE = ("embed_tokens.", "embeddings.", "layers.", "encoder.", "norm.", "final_norm.")  # a backbone's own parts
-HEADS = ("lm_head", "next_token_head", "sub_logits", "ins_logits")
-EMBEDDINGS = (
-    "model.embed_tokens.weight", "model.embeddings.tok_embeddings.weight", "model.embeddings.word_embeddings.weight",
-)  # fmt: skip
 
 
 def parse_args(argv=None):
     f = cli.Flags("Convert checkpoints from and to Hugging Face's layout.")
     a = f.add_argument
-    a("--to", choices=["bidirectional", "editflow", "medlm", "hf"], required=True, help="what to make")
+    a("--to", choices=["bidirectional", "hf", *methods.NAMES], required=True, help="what to make")
     a("--model_name_or_path", "--input", "-i", required=True, help="checkpoint directory or hub id to read")
     a("--output_dir", "-o", required=True, help="directory to write; must be new or empty")
     a("--revision", help="branch, tag or commit of the hub repository")
     f.flag("--merge_lora", help="the source holds LoRA adapters: add them to the weights they were trained on")
     f.flag("--overwrite", help="replace the checkpoint in output_dir")
-    a("--x0_sampler", type=cli.spec(editflow.source),
-      help="Edit Flows: where generation starts (default: the source's, else empty)")
-    a("--schedule", type=cli.spec(editflow.schedule), help="Edit Flows: kappa (default: the source's, else cubic)")
-    f.flag("--time_conditioned", help="Edit Flows: the model sees t, through an embedding that adds zero at first")
     a("--dtype", choices=["keep", "float32", "bfloat16"], default="keep", help="of the weights written")
-    a("--seed", type=cli.number(int, low=0), default=42, help="of the new rate head")
+    a("--seed", type=cli.number(int, low=0), default=42, help="of the heads that start at random")
+    owner = {}  # flag -> the method whose models remember it
+    for method in methods.NAMES:
+        alone = cli.Flags("")
+        for parser in (f, alone):
+            methods.get(method).model_flags(parser)
+        owner |= dict.fromkeys(vars(alone.parse_args([])), method)
     args = f.parse_args(argv)
-    if args.to != "editflow" and (args.x0_sampler or args.schedule or args.time_conditioned):
-        f.error("--x0_sampler, --schedule and --time_conditioned go with --to editflow only")
+    for flag, method in owner.items():
+        if args.to != method and getattr(args, flag) != f.get_default(flag):
+            f.error(f"--{flag} goes with --to {method} only")
     return args
 
 
@@ -122,52 +114,49 @@ def parse_args(argv=None):
 
 
 @dataclass
-class Stored:
-    """A tensor in a file: known by its header, read when needed. dtype is None where it is not a float we know."""
+class Lazy:
+    """A tensor of the source or of the target, known by its header and made when it is needed.
 
-    file: Path
+    name: in the file; dtype: None where it is not a float we know; how: "copied", or where else it comes from.
+    """
+
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype | None
-
-    def read(self) -> Tensor:
-        if self.file.suffix == ".bin":
-            return load_bin(self.file)[self.name]
-        return models.read_tensor(self.file, self.name, self.shape)
+    make: Callable[[], Tensor]
+    how: str = "copied"
 
 
 def fetch(path_or_hub_id: str, revision: str | None) -> Path:
     """The source's directory; from the hub, PyTorch files are fetched only where there is no safetensors file."""
-    directory = models.local_path(path_or_hub_id, revision=revision)
+    directory = checkpoints.local_path(path_or_hub_id, revision=revision)
     if Path(path_or_hub_id).is_dir() or any(directory.glob("*.safetensors")):
         return directory
-    patterns = ("*.json", "*.jinja", "*.model", "*.txt", "*.bin")
-    return models.local_path(path_or_hub_id, patterns, revision)
+    return checkpoints.local_path(path_or_hub_id, ("*.json", "*.jinja", "*.model", "*.txt", "*.bin"), revision)
 
 
-def find_tensors(directory: Path) -> dict[str, Stored]:
+def find_tensors(directory: Path) -> dict[str, Lazy]:
     """Every tensor of a checkpoint by its name on disk. Raises OSError for missing, ValueError for broken files."""
     load_bin.cache_clear()  # the file may have changed since
-    safe = [directory / name for name in ("model.safetensors", "model.safetensors.index.json")]
-    files = models.tensor_files(directory) if any(f.is_file() for f in safe) else bin_files(directory)
-    stored = {}
-    for file in sorted(set(files.values())):
-        held = header(file)
-        for name in (name for name, its_file in files.items() if its_file == file):
-            if name not in held:
-                raise ValueError(f"{file}: tensor {name!r} is missing, although the index names this file for it")
-            stored[name] = Stored(file, name, *held[name])
-    return stored
+    safe = ("model.safetensors", "model.safetensors.index.json")
+    has_safe = any((directory / name).is_file() for name in safe)
+    files = checkpoints.tensor_files(directory) if has_safe else bin_files(directory)
+    held = {file: header(file) for file in sorted(set(files.values()))}
+    for name, file in files.items():
+        if name not in held[file]:
+            raise ValueError(f"{file}: tensor {name!r} is missing, although the index names this file for it")
+    return {name: held[file][name] for name, file in files.items()}
 
 
-def header(file: Path) -> dict[str, tuple]:
-    """Tensor name -> (shape, dtype), without reading a tensor."""
+def header(file: Path) -> dict[str, Lazy]:
+    """The tensors of a file, none of them read."""
     if file.suffix == ".bin":
-        held = load_bin(file).items()
-        return {name: (tuple(t.shape), t.dtype if t.dtype in DTYPE_NAMES else None) for name, t in held}
-    with models.open_tensors(file) as f:
+        known = {n: (tuple(t.shape), t.dtype if t.dtype in DTYPES.values() else None) for n, t in load_bin(file).items()}
+        return {name: Lazy(name, *known[name], lambda name=name: load_bin(file)[name]) for name in known}
+    with checkpoints.open_tensors(file) as f:
         slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
-        return {name: (tuple(s.get_shape()), DTYPES.get(s.get_dtype())) for name, s in slices.items()}
+        known = {name: (tuple(s.get_shape()), DTYPES.get(s.get_dtype())) for name, s in slices.items()}
+    return {n: Lazy(n, *known[n], partial(checkpoints.read_tensor, file, n, known[n][0])) for n in known}
 
 
 def bin_files(directory: Path) -> dict[str, Path]:
@@ -178,7 +167,7 @@ def bin_files(directory: Path) -> dict[str, Path]:
     if not index.is_file():
         tried = "model.safetensors, model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json"
         raise OSError(f"{directory}: no weights; looked for {tried}")
-    return models.indexed_files(index, "an index of PyTorch files")
+    return checkpoints.indexed_files(index, "an index of PyTorch files")
 
 
 @lru_cache(maxsize=1)
@@ -197,23 +186,29 @@ def load_bin(file: Path) -> dict[str, Tensor]:
 
 def read_config(directory: Path) -> dict:
     """config.json, with LLaDA's own field names replaced. Raises ValueError for what we would compute differently."""
-    raw = models.read_config(directory)
-    for field, values in REQUIRED.items():
-        if raw.get(field) is not None and raw[field] not in values:
-            raise ValueError(f"{directory}/config.json: {field} {raw[field]!r} is not supported, only {values[0]!r}")
+    raw = checkpoints.read_config(directory)
+    check_supported(raw, directory)
     if "d_model" in raw:
         kept = {field: value for field, value in raw.items() if field.endswith("_token_id") or field == "nanoedit"}
-        raw = kept | models.llada_config(raw) | {"model_type": raw.get("model_type")}
-    config = models.complete_config(raw)
-    if config.model_type == "modernbert":
+        raw = kept | checkpoints.llada_config(raw) | {"model_type": raw.get("model_type")}
+    if models.complete_config(raw).model_type == "modernbert":
         raw["vocab_bias"] = raw.get("vocab_bias", raw.get("decoder_bias", True))
     return raw
 
 
-def canonical(stored: dict[str, Stored], kind: str) -> dict[str, Stored]:
-    """The same tensors under one set of names: those of models.save, and lm_head for every family's output matrix."""
-    base = models.disk_name(kind, "model.layers.").removesuffix("layers.")  # "model.", "bert." or "roberta."
+def check_supported(raw: dict, directory: Path) -> None:
+    """Raises ValueError naming a field of config.json that asks for what the backbones do not compute."""
+    for field, value in REQUIRED.items():
+        if raw.get(field) is not None and raw[field] != value:
+            raise ValueError(f"{directory}/config.json: {field} {raw[field]!r} is not supported, only {value!r}")
+
+
+def canonical(stored: dict[str, Lazy], kind: str) -> dict[str, Lazy]:
+    """The same tensors under one set of names: those of our own files, and lm_head for every family's output matrix."""
+    base = checkpoints.disk_name(kind, "model.layers.").removesuffix("layers.")  # "model.", "bert." or "roberta."
     is_bare = not any(name.startswith(base) for name in stored)  # a backbone saved alone has no prefix
+    weight, *biases = OUTPUT_NAMES.get(kind, DECODER_OUTPUT)
+    output = {weight: "lm_head.weight"} | dict.fromkeys(biases, "lm_head.bias")
     named = {}
     for name, tensor in stored.items():
         if kind == "llada":
@@ -222,28 +217,14 @@ def canonical(stored: dict[str, Stored], kind: str) -> dict[str, Stored]:
             name = base + name
         if kind == "bert":  # spelling of the first BERT checkpoints
             name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
-        if name == OUTPUT_WEIGHT.get(kind):
-            name = "lm_head.weight"
-        elif name in OUTPUT_BIAS.get(kind, []):
-            name = "lm_head.bias"
-        named[name] = tensor
+        named[output.get(name, name)] = tensor
     return named
 
 
 def llada_name(name: str) -> str:
     """model.transformer.blocks.3.attn_out.weight -> model.layers.3.self_attn.o_proj.weight"""
     is_theirs = name.startswith("model.transformer.")
-    return models.rename(name, [(theirs, ours) for ours, theirs in models.LLADA_NAMES]) if is_theirs else name
-
-
-@dataclass
-class Merged(Stored):
-    """A matrix of the blocks and what LoRA adds to it."""
-
-    addition: Callable[[], Tensor]
-
-    def read(self) -> Tensor:
-        return (super().read().float() + self.addition()).to(self.dtype)
+    return checkpoints.rename(name, [(theirs, ours) for ours, theirs in checkpoints.LLADA_NAMES]) if is_theirs else name
 
 
 def base_checkpoint(directory: Path, merge: bool) -> Path:
@@ -254,34 +235,33 @@ def base_checkpoint(directory: Path, merge: bool) -> Path:
         return directory
     if not merge:
         raise ValueError(f"{directory}: holds LoRA adapters, not a whole model; pass --merge_lora")
-    base = fetch(lora.read_adapter_config(directory)["base_model_name_or_path"], None)
-    lora.check_base(base, directory)
+    base = fetch(checkpoints.read_adapter_config(directory)["base_model_name_or_path"], None)
+    checkpoints.check_base(base, directory)
     return base
 
 
-def merged(have: dict[str, Stored], directory: Path, kind: str) -> dict[str, Stored]:
+def merged(have: dict[str, Lazy], directory: Path, kind: str) -> dict[str, Lazy]:
     """The tensors of a base checkpoint with the adapters and heads of `directory`. Raises ValueError for strangers."""
-    settings, file = lora.read_adapter_config(directory), directory / "adapter_model.safetensors"
-    scale = settings["lora_alpha"] / settings["r"]
-    shapes = header(file)
-    heads = directory / "heads.safetensors"
-    have = have | {name: Stored(heads, name, *held) for name, held in header(heads).items()}
-    for a in [name for name in shapes if name.endswith(".lora_A.weight")]:
-        b, target = a.replace(".lora_A.", ".lora_B."), a.removeprefix(lora.PREFIX).replace(".lora_A", "")
+    settings, file = checkpoints.read_adapter_config(directory), directory / "adapter_model.safetensors"
+    rank, adapters = settings["r"], header(file)
+    have = have | header(directory / "heads.safetensors")
+    for a in [name for name in adapters if name.endswith(".lora_A.weight")]:
+        b, target = a.replace(".lora_A.", ".lora_B."), a.removeprefix(checkpoints.PREFIX).replace(".lora_A", "")
         target = llada_name(target) if kind == "llada" else target
-        if target not in have or b not in shapes:
+        if target not in have or b not in adapters:
             raise ValueError(f"{file}: {a} has no partner or no matrix {target!r} to be added to")
         rows, columns = have[target].shape
-        for name, shape in ((a, (settings["r"], columns)), (b, (rows, settings["r"]))):
-            if shapes[name][0] != shape:
-                raise ValueError(f"{file}: {name} has shape {list(shapes[name][0])}, not {list(shape)}")
-
-        def addition(a=a, b=b):
-            A, B = (models.read_tensor(file, name, shapes[name][0]).float() for name in (a, b))
-            return scale * B @ A
-
-        have[target] = Merged(**vars(have[target]), addition=addition)
+        for name, shape in ((a, (rank, columns)), (b, (rows, rank))):
+            if adapters[name].shape != shape:
+                raise ValueError(f"{file}: {name} has shape {list(adapters[name].shape)}, not {list(shape)}")
+        add = partial(add_product, have[target], settings["lora_alpha"] / rank, adapters[b], adapters[a])
+        have[target] = replace(have[target], make=add)
     return have
+
+
+def add_product(W: Lazy, scale: float, B: Lazy, A: Lazy) -> Tensor:
+    """W + scale * B A, computed in float32 and rounded once."""
+    return (W.make().float() + scale * B.make().float() @ A.make().float()).to(W.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- tokens
@@ -342,8 +322,11 @@ def vocabulary(model: type, *files: Path, **options):
         raise ValueError(f"{' or '.join(map(str, files))}: not readable ({e})") from None
 
 
-def prepare_tokenizer(tokenizer: Tokenizer, kind: str, to: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Gives the tokenizer, in place, what editing needs: ({token: id} added, {token: id} put on reserved ids)."""
+def prepare_tokenizer(tokenizer: Tokenizer, kind: str, needed: tuple) -> tuple[dict[str, int], dict[str, int]]:
+    """Gives the tokenizer, in place, what editing needs: ({token: id} added, {token: id} put on reserved ids).
+
+    needed: the roles of special tokens (TOKENS) that the method cannot do without.
+    """
     wanted = {role: SPECIAL_TOKENS[role] for role in ("mask", "bos", "pad", "eos")}
     reserved = {}
     if kind in ENCODER_TOKENS:
@@ -351,7 +334,7 @@ def prepare_tokenizer(tokenizer: Tokenizer, kind: str, to: str) -> tuple[dict[st
             if name := tokenizer.config.get(f"{role}_token") or tokenizer.config.get(f"{its_name}_token"):
                 tokenizer.config[f"{role}_token"] = name
         tokenizer.chat_template = tokenizer.chat_template or QUESTION_ANSWER_TEMPLATE
-    if to == "medlm":
+    if "del" in needed:
         wanted["del"] = DEL_TOKEN
         message = ["<|im_end|>", "<|im_start|>"]
         if kind == "llada" and tokenizer.del_id is None:
@@ -360,8 +343,8 @@ def prepare_tokenizer(tokenizer: Tokenizer, kind: str, to: str) -> tuple[dict[st
         tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
         if tokenizer.chat_template == CHAT_TEMPLATE:
             wanted |= {name: name for name in message}
-        if tokenizer.pad_id is not None and tokenizer.pad_id == tokenizer.eos_id:
-            del tokenizer.config["pad_token"]  # ME-DLM's responses end in eos and then pads: two different things
+    if {"pad", "eos"} <= set(needed) and tokenizer.pad_id is not None and tokenizer.pad_id == tokenizer.eos_id:
+        del tokenizer.config["pad_token"]  # responses end in eos and then pads: two different things
     return tokenizer.add_tokens(wanted), reserved
 
 
@@ -385,38 +368,25 @@ def use_reserved_ids(tokenizer: Tokenizer, names: list[str]) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------------- plan
 
 
-@dataclass
-class Planned:
-    """A tensor of the target. how: "copied", or for the report where else it comes from."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-    how: str
-
-
-def make_plan(have: dict[str, Stored], config, to: str, new_ids: list[int], rows: int, seed: int):
-    """Where every tensor of the target comes from: (list of Planned, names in the source of what is left over).
+def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: int, seed: int):
+    """Where every tensor of the target comes from: (list of Lazy, names in the source of what is left over).
 
     have: the source's tensors under canonical names; config: the source's, completed; new_ids: of tokens added to the
     vocabulary, for which the target has `rows` rows. Raises ValueError for a missing, misshaped or surplus tensor.
     """
-    with torch.device("meta"):
-        skeleton = models.METHODS["editflow" if to == "editflow" else "medlm"](config)
-    parameters = {name: tuple(p.shape) for name, p in skeleton.state_dict().items()}
-    disk_names = {name: models.disk_name(config.model_type, name) for name in parameters}
-    embedding = next(name for name in EMBEDDINGS if name in parameters)
+    model, heads = skeleton(config, to)
+    parameters = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    disk_names = {name: checkpoints.disk_name(config.model_type, name) for name in parameters}
+    embedding = next(f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding))
     transform = [disk_names[name] for name in parameters if name.startswith(("model.transform.", "model.head."))]
     no_transform = bool(transform) and not any(name in have for name in transform)  # an encoder saved without it
     output = output_module(have, config, disk_names[embedding], no_transform)
-    fresh = new_tensors(skeleton, no_transform, seed)
+    fresh = new_tensors(model, heads, no_transform, seed)
 
     plan, used = [], set()
-    for name, shape in parameters.items():
-        module, _, leaf = name.rpartition(".")
-        source = disk_names[name]
-        if module in HEADS:
+    for name in sorted(parameters, key=lambda name: name != embedding):  # the embedding has the dtype of what is new
+        shape, source, (module, _, leaf) = parameters[name], disk_names[name], name.rpartition(".")
+        if module in heads:
             own = module != "lm_head" and f"{module}.weight" in have
             source = f"{module if own else output}.{leaf}"
             if leaf == "bias" and source not in have:
@@ -425,25 +395,35 @@ def make_plan(have: dict[str, Stored], config, to: str, new_ids: list[int], rows
             check(have[source], shape)
             used.add(source)
             how = "copied" if source in (name, disk_names[name]) else f"copy of {have[source].name}"
-            dtype, make = have[source].dtype, have[source].read
+            dtype, make = have[source].dtype, have[source].make
         elif name in fresh:
             tensor, how = fresh[name]
-            dtype, make = have[disk_names[embedding]].dtype, partial(torch.clone, tensor)
+            dtype, make = plan[0].dtype, tensor.clone
         else:
             raise ValueError(f"tensor {source!r} is missing, although config.json asks for it")
-        if new_ids and (module in HEADS or name in (embedding, "unigram")):
+        if new_ids and (module in (*heads, "") or name == embedding):  # "": token frequencies
             shape, make = (rows, *shape[1:]), partial(grow, make, new_ids, rows)
-        plan.append(Planned(disk_names[name], shape, dtype, make, how))
-    if to in ("hf", "bidirectional"):
+        plan.append(Lazy(disk_names[name], shape, dtype, make, how))
+    if to not in methods.NAMES:
         plan = hf_plan(plan, have, config, output, disk_names[embedding])
     left_over = [tensor.name for name, tensor in have.items() if name not in used]
     refuse_strangers(left_over)
     return plan, left_over
 
 
-def output_module(have: dict[str, Stored], config, embedding: str, no_transform: bool) -> str:
+def skeleton(config, to: str) -> tuple[nn.Module, tuple[str, ...]]:
+    """The target, without memory for its weights, and the names of its vocabulary heads."""
+    with torch.device("meta"):
+        if to in methods.NAMES:
+            return checkpoints.build_model(to, config), methods.get(to).HEADS
+        backbone = models.ARCHITECTURES[config.model_type][0](config)
+        lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.vocab_bias)
+        return nn.ModuleDict({"model": backbone, "lm_head": lm_head}), ("lm_head",)
+
+
+def output_module(have: dict[str, Lazy], config, embedding: str, no_transform: bool) -> str:
     """The canonical name of what the source predicts tokens with; the embedding where it has nothing else."""
-    for module in ("sub_logits", "lm_head"):
+    for module in (*(methods.get(name).HEADS[0] for name in methods.NAMES), "lm_head"):
         if f"{module}.weight" in have:
             return module
     is_bare = not any(tensor.name.startswith("model.") for tensor in have.values())
@@ -452,23 +432,20 @@ def output_module(have: dict[str, Stored], config, embedding: str, no_transform:
     return embedding.removesuffix(".weight")
 
 
-def new_tensors(skeleton, no_transform: bool, seed: int) -> dict[str, tuple[Tensor, str]]:
+def new_tensors(model: nn.Module, heads: tuple, no_transform: bool, seed: int) -> dict[str, tuple[Tensor, str]]:
     """What no pretrained checkpoint has, by our parameter names: (tensor, what it starts as)."""
-    generator, fresh = torch.Generator().manual_seed(seed), {}
-    parameters = skeleton.state_dict()
-    if hasattr(skeleton, "time_embed"):
-        models.init_weights(skeleton.time_embed.to_empty(device="cpu"), generator)
-    if hasattr(skeleton, "rate_heads"):
-        skeleton.rate_heads.to_empty(device="cpu")
-        models.init_new_heads(skeleton, generator)
-    for name, parameter in skeleton.state_dict().items():
-        if name.startswith(("rate_heads.", "time_embed.")):
-            fresh[name] = parameter.detach(), "new"
-    for head in HEADS:
-        if f"{head}.bias" in parameters:
-            fresh[f"{head}.bias"] = torch.zeros(parameters[f"{head}.bias"].shape), "new, zeros"
-    if "unigram" in parameters:
-        fresh["unigram"] = torch.full(parameters["unigram"].shape, 1 / len(parameters["unigram"])), "new, uniform"
+    for name, module in model.named_children():
+        if name not in ("model", *heads):
+            module.to_empty(device="cpu")
+    for name, buffer in list(model.named_buffers(recurse=False)):
+        setattr(model, name, torch.empty_like(buffer, device="cpu"))
+    if hasattr(model, "init_heads"):
+        model.init_heads(torch.Generator().manual_seed(seed))
+    parameters = model.state_dict()
+    fresh = {name: (parameter, "new") for name, parameter in parameters.items() if not parameter.is_meta}
+    for name in (f"{head}.bias" for head in heads):
+        if name in parameters:
+            fresh[name] = torch.zeros(parameters[name].shape), "new, zeros"
     if no_transform:
         fresh |= transparent_transform({n: p.shape for n, p in parameters.items() if "transform." in n or "head." in n})
     return fresh
@@ -495,7 +472,7 @@ def transparent_transform(shapes: dict[str, torch.Size]) -> dict[str, tuple[Tens
     }
 
 
-def check(stored: Stored, shape: tuple[int, ...]) -> None:
+def check(stored: Lazy, shape: tuple[int, ...]) -> None:
     if stored.dtype is None:
         known = ", ".join(DTYPES)
         raise ValueError(f"tensor {stored.name!r} is none of {known}: quantised weights cannot be converted")
@@ -524,20 +501,19 @@ def grow(make: Callable[[], Tensor], new_ids: list[int], rows: int) -> Tensor:
     return new
 
 
-def hf_plan(plan: list[Planned], have: dict[str, Stored], config, output: str, embedding: str) -> list[Planned]:
+def hf_plan(plan: list[Lazy], have: dict[str, Lazy], config, output: str, embedding: str) -> list[Lazy]:
     """The plan under Hugging Face's names. An output matrix still equal to the embedding it was tied to is left out."""
-    kind, out = config.model_type, []
+    weight, *biases = OUTPUT_NAMES.get(config.model_type, DECODER_OUTPUT)
+    out = []
     is_tied = f"{output}.weight" == embedding
     if config.tie_word_embeddings and not is_tied and have[f"{output}.weight"].shape == have[embedding].shape:
-        is_tied = torch.equal(have[f"{output}.weight"].read(), have[embedding].read())
+        is_tied = torch.equal(have[f"{output}.weight"].make(), have[embedding].make())
     for tensor in plan:
         names = [tensor.name]
         if tensor.name == "lm_head.weight":
-            names = [] if is_tied else [OUTPUT_WEIGHT.get(kind, tensor.name)]
+            names = [] if is_tied else [weight]
         elif tensor.name == "lm_head.bias":
-            names = OUTPUT_BIAS[kind][: 1 if is_tied else None]
-        elif tensor.name.startswith("next_token_head."):
-            names = []
+            names = biases[: 1 if is_tied else None]
         out += [replace(tensor, name=name) for name in names]
     return out
 
@@ -545,177 +521,128 @@ def hf_plan(plan: list[Planned], have: dict[str, Stored], config, output: str, e
 # ---------------------------------------------------------------------------------------------------- write
 
 
-def write_tensors(directory: Path, plan: list[Planned], dtype: torch.dtype | None) -> list[str]:
-    """model.safetensors, or shards of at most SHARD_BYTES with an index. Returns the names of the files.
-
-    A safetensors file is the length of its header, the header (JSON: name, dtype, shape, place) and then the bytes.
-    Written out here, because the library wants all tensors of a file at once.
-    """
-    shards, filled = [[]], 0
-    for tensor in plan:
-        if shards[-1] and filled + size(tensor, dtype) > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += size(tensor, dtype)
-    n = len(shards)
-    files = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
-    total = sum(size(tensor, dtype) for tensor in plan)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", leave=False) as bar:
-        for file, shard in zip(files, shards):
-            write_shard(directory / file, shard, dtype, bar)
-    if n > 1:
-        where = {tensor.name: file for file, shard in zip(files, shards) for tensor in shard}
-        write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-    return files
+def plan_files(plan: list[Lazy]):
+    """model.safetensors, or shards with an index: the library's StateDictSplit, from headers alone."""
+    headers = {tensor.name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in plan}
+    return split_torch_state_dict_into_shards(headers, max_shard_size=SHARD_BYTES)
 
 
-def write_shard(file: Path, shard: list[Planned], dtype: torch.dtype | None, bar) -> None:
-    shard = sorted(shard, key=lambda t: -(dtype or t.dtype).itemsize)  # so that every tensor is aligned
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for tensor in shard:
-        end = offset + size(tensor, dtype)
-        kind = DTYPE_NAMES[dtype or tensor.dtype]
-        header[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    with open(file, "wb") as f:
-        f.write(len(head).to_bytes(8, "little") + head)
-        for tensor in shard:
-            data = tensor.make().to(dtype or tensor.dtype).contiguous().reshape(-1).view(torch.uint8)
-            f.write(memoryview(data.numpy()))
-            bar.update(len(data))
+def write_tensors(directory: Path, plan: list[Lazy], split) -> None:
+    """The tensors of one file at a time are in memory."""
+    planned = {tensor.name: tensor for tensor in plan}
+    for file, names in tqdm(split.filename_to_tensors.items(), unit="file", desc="writing", leave=False):
+        shard = {name: planned[name].make().to(planned[name].dtype).contiguous() for name in names}
+        save_file(shard, directory / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        checkpoints.write_json(directory / "model.safetensors.index.json", index)
 
 
-def size(tensor: Planned, dtype: torch.dtype | None) -> int:
-    return math.prod(tensor.shape) * (dtype or tensor.dtype).itemsize
-
-
-def target_config(raw: dict, config, to: str, rows: int, plan: list[Planned], args) -> dict:
-    """config.json of the target. raw: the source's; config: the same, completed."""
-    kind, foreign = config.model_type, ("architectures", "auto_map", "torch_dtype")
+def target_config(raw: dict, config, to: str, rows: int, plan: list[Lazy]) -> dict:
+    """config.json of the target. raw: the source's; config: the same, completed, with the target's own settings."""
+    kind, foreign = config.model_type, ("architectures", "auto_map", "torch_dtype", "nanoedit")
     new = {field: value for field, value in raw.items() if field not in foreign}
-    dtype = getattr(torch, args.dtype) if args.dtype != "keep" else plan[0].dtype
-    new |= {"model_type": kind, "vocab_size": rows, "dtype": str(dtype).removeprefix("torch.")}
-    if to in ("hf", "bidirectional"):
-        if kind not in ENCODER_TOKENS:
-            new["is_causal"] = False
-        names = {tensor.name for tensor in plan}
-        new["tie_word_embeddings"] = OUTPUT_WEIGHT.get(kind, "lm_head.weight") not in names
-        new.pop("nanoedit", None)
+    new |= {"model_type": kind, "vocab_size": rows, "dtype": str(plan[0].dtype).removeprefix("torch.")}
+    if to in methods.NAMES:
+        return new | {"nanoedit": config.nanoedit}
+    if kind not in ENCODER_TOKENS:
+        new["is_causal"] = False
+    weight = OUTPUT_NAMES.get(kind, DECODER_OUTPUT)[0]
+    new["tie_word_embeddings"] = weight not in {tensor.name for tensor in plan}
     if to == "hf":
         defaults = {field: value for field, value in models.ARCHITECTURES[kind][1].items() if value is not None}
         new = defaults | new  # they need not be those of HF_CLASS
         for field in ("qk_norm", "attention_out_bias", "vocab_bias"):
             new.pop(field, None)
         new |= {"model_type": HF_TYPE.get(kind, kind), "architectures": [HF_CLASS[HF_TYPE.get(kind, kind)]]}
-    if to == "editflow":
-        new["nanoedit"] = config.nanoedit
-    if to == "medlm":
-        new["nanoedit"] = {"method": "medlm"}
     return new
 
 
-def editflow_settings(old: dict, args) -> dict:
-    """Our block of the config. Raises ValueError for an unknown schedule or source."""
-    new = {
-        "method": "editflow",
-        "schedule": args.schedule or old.get("schedule", "cubic"),
-        "x0_sampler": args.x0_sampler or old.get("x0_sampler", "empty"),
-        "time_conditioned": bool(args.time_conditioned or old.get("time_conditioned")),
-    }
-    editflow.schedule(new["schedule"])
-    editflow.source(new["x0_sampler"])
-    return new
-
-
-def write_json(file: Path, value: dict) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def prepare_output(output: Path, overwrite: bool) -> Path:
-    """The directory to write into, beside the final one. Raises OSError when that cannot be or must not be written."""
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises OSError where the directory cannot be written or must not be."""
     try:
-        if not overwrite and output.is_dir() and any(output.iterdir()):
+        if output.is_dir() and any(output.iterdir()) and not overwrite:
             raise OSError("not empty; choose another folder, or pass --overwrite")
         if (output / "train_state.json").is_file():
             raise OSError("holds a checkpoint of a run, which would be lost; choose another folder")
         if output.exists() and not output.is_dir():
             raise OSError("is a file; choose another name")
-        writing = output.parent / f".writing-{output.name}"
-        shutil.rmtree(writing, ignore_errors=True)  # of a conversion that was killed
-        writing.mkdir(parents=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(output.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as e:
         raise OSError(f"--output_dir {output}: {f'cannot be written to ({e.strerror})' if e.strerror else e}") from None
-    return writing
 
 
-def publish(writing: Path, output: Path) -> None:
-    """Moves the finished checkpoint to its place. In a directory that exists, it replaces the files of a checkpoint
-    and leaves everything else as it is: runs trained from a checkpoint are often kept inside its directory."""
-    if not output.exists():
-        return os.replace(writing, output)
-    new = {file.name for file in writing.iterdir()}
+def publish(written: Path, output: Path) -> None:
+    """Moves a finished checkpoint into a directory that exists: it replaces the files of a checkpoint and leaves
+    everything else as it is. Runs trained from a checkpoint are often kept inside its directory."""
+    new = {file.name for file in written.iterdir()}
     patterns = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "tokenizer.*", "*.jinja")
     stale = [file for pattern in patterns for file in output.glob(pattern) if file.name not in new]
-    for file in writing.iterdir():
+    for file in written.iterdir():
         os.replace(file, output / file.name)
     for file in stale:
         file.unlink()
+    written.rmdir()
 
 
 def convert(args) -> None:
     """Reads args.model_name_or_path, writes args.output_dir, prints what was done. Raises OSError / ValueError."""
     output = Path(os.path.abspath(args.output_dir))
-    writing = prepare_output(output, args.overwrite)
+    check_output(output, args.overwrite)
+    directory = fetch(args.model_name_or_path, args.revision)
+    raw = read_config(directory)
+    config = models.complete_config(raw)
+    kind = config.model_type
+    base = base_checkpoint(directory, args.merge_lora)
+    method = methods.get(args.to) if args.to in methods.NAMES else None
+    if method:
+        config.nanoedit = {"method": args.to} | method.remember(args, config.nanoedit)
+
+    tokenizer = open_tokenizer(directory, kind)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, config.json a vocab_size of "
+            f"{config.vocab_size}; they do not belong together"
+        )
+    added, reserved = {}, {}
+    if args.to != "hf":
+        added, reserved = prepare_tokenizer(tokenizer, kind, method.TOKENS if method else ())
+    rows = max(config.vocab_size, tokenizer.vocab_size)
+
+    have = canonical(find_tensors(base), kind)
+    if base != directory:
+        have = merged(have, directory, kind)
     try:
-        directory = fetch(args.model_name_or_path, args.revision)
-        raw = read_config(directory)
-        config = models.complete_config(raw)
-        kind = config.model_type
-        base = base_checkpoint(directory, args.merge_lora)
-        if args.to == "editflow":
-            config.nanoedit = editflow_settings(config.nanoedit, args)
+        plan, left_over = make_plan(have, config, args.to, list(added.values()), rows, args.seed)
+    except ValueError as e:
+        raise ValueError(f"{directory}: {e}") from None
+    if args.dtype != "keep":
+        plan = [replace(tensor, dtype=getattr(torch, args.dtype)) for tensor in plan]
+    split = plan_files(plan)
+    size, free = split.metadata["total_size"], shutil.disk_usage(output.parent).free
+    if size > free:
+        raise OSError(f"--output_dir {output}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
-        tokenizer = open_tokenizer(directory, kind)
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, config.json a vocab_size of "
-                f"{config.vocab_size}; they do not belong together"
-            )
-        added, reserved = ({}, {}) if args.to == "hf" else prepare_tokenizer(tokenizer, kind, args.to)
-        rows = max(config.vocab_size, tokenizer.vocab_size)
-
-        have = canonical(find_tensors(base), kind)
-        if base != directory:
-            have = merged(have, directory, kind)
-        try:
-            plan, left_over = make_plan(have, config, args.to, list(added.values()), rows, args.seed)
-        except ValueError as e:
-            raise ValueError(f"{directory}: {e}") from None
-        dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
-        bytes_, free = sum(size(tensor, dtype) for tensor in plan), shutil.disk_usage(writing).free
-        if bytes_ > free:
-            raise OSError(f"--output_dir {output}: needs {bytes_ / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-
-        files = write_tensors(writing, plan, dtype)
-        write_json(writing / "config.json", target_config(raw, config, args.to, rows, plan, args))
+    target = output.with_name(f".converted-{output.name}") if output.exists() else output
+    with checkpoints.whole_directory(target) as writing:
+        write_tensors(writing, plan, split)
+        checkpoints.write_json(writing / "config.json", target_config(raw, config, args.to, rows, plan))
         tokenizer.save(writing)
-        publish(writing, output)
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
-
+    if target != output:
+        publish(target, output)
     report(kind, args.to, plan, left_over)
     for what, tokens in (("added", added), ("put on reserved ids", reserved)):
         if tokens:
             print(f"tokens {what}: {', '.join(f'{token} = {i}' for token, i in tokens.items())}")
     if rows > config.vocab_size:
         print(f"vocabulary grown from {config.vocab_size} to {rows} rows; new rows are the mean of the others")
-    print(f"saved in {output}: {bytes_ / 1e9:.2f} GB in {len(files)} file{'s' * (len(files) > 1)}")
+    files = len(split.filename_to_tensors)
+    print(f"saved in {output}: {size / 1e9:.2f} GB in {files} file{'s' * (files > 1)}")
 
 
-def report(kind: str, to: str, plan: list[Planned], left_over: list[str]) -> None:
+def report(kind: str, to: str, plan: list[Lazy], left_over: list[str]) -> None:
     new = [tensor for tensor in plan if tensor.how != "copied"]
     print(f"{kind} -> {to}: {len(plan) - len(new)} tensors copied, {len(new)} new, {len(left_over)} left over")
     for tensor in new:
