@@ -23,21 +23,21 @@ What `--to` makes:
                     `is_causal: false` in the config tells transformers (5 and later) to look both ways.
 """
 
-import errno
 import json
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import tokenizers
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, BertWordPieceTokenizer, ByteLevelBPETokenizer, Regex, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -137,47 +137,39 @@ def fetch(path_or_hub_id: str, revision: str | None) -> Path:
 
 def find_tensors(directory: Path) -> dict[str, Lazy]:
     """Every tensor of a checkpoint by its name on disk. Raises OSError for missing, ValueError for broken files."""
-    load_bin.cache_clear()  # the file may have changed since
-    safe = ("model.safetensors", "model.safetensors.index.json")
-    has_safe = any((directory / name).is_file() for name in safe)
-    files = checkpoints.tensor_files(directory) if has_safe else bin_files(directory)
-    held = {file: header(file) for file in sorted(set(files.values()))}
-    for name, file in files.items():
-        if name not in held[file]:
-            raise ValueError(f"{file}: tensor {name!r} is missing, although the index names this file for it")
-    return {name: held[file][name] for name, file in files.items()}
+    tried = []
+    for name, what in (("model.safetensors", "a safetensors index"), ("pytorch_model.bin", "an index of PyTorch files")):
+        index, single = directory / f"{name}.index.json", directory / name
+        if index.is_file():
+            files = checkpoints.indexed_files(index, what)
+            held = {file: header(file) for file in sorted(set(files.values()))}
+            for tensor, file in files.items():
+                if tensor not in held[file]:
+                    raise ValueError(f"{file}: tensor {tensor!r} is missing, although the index names this file for it")
+            return {tensor: held[file][tensor] for tensor, file in files.items()}
+        if single.is_file():
+            return header(single)
+        tried += [single.name, index.name]
+    raise OSError(f"{directory}: no weights; looked for {', '.join(tried)}")
 
 
 def header(file: Path) -> dict[str, Lazy]:
-    """The tensors of a file, none of them read."""
+    """The tensors of a file. From safetensors, and from PyTorch files since 1.6, none of them is read yet."""
     if file.suffix == ".bin":
-        known = {n: (tuple(t.shape), t.dtype if t.dtype in DTYPES.values() else None) for n, t in load_bin(file).items()}
-        return {name: Lazy(name, *known[name], lambda name=name: load_bin(file)[name]) for name in known}
+        tensors = load_bin(file)
+        known = {name: (tuple(t.shape), t.dtype if t.dtype in DTYPES.values() else None) for name, t in tensors.items()}
+        return {name: Lazy(name, *known[name], partial(tensors.get, name)) for name in tensors}
     with checkpoints.open_tensors(file) as f:
         slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
         known = {name: (tuple(s.get_shape()), DTYPES.get(s.get_dtype())) for name, s in slices.items()}
-    return {n: Lazy(n, *known[n], partial(checkpoints.read_tensor, file, n, known[n][0])) for n in known}
+    read = partial(checkpoints.read_tensor, file)
+    return {name: Lazy(name, *known[name], partial(read, name, known[name][0])) for name in known}
 
 
-def bin_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> the PyTorch file that holds it."""
-    single, index = directory / "pytorch_model.bin", directory / "pytorch_model.bin.index.json"
-    if single.is_file():
-        return dict.fromkeys(load_bin(single), single)
-    if not index.is_file():
-        tried = "model.safetensors, model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json"
-        raise OSError(f"{directory}: no weights; looked for {tried}")
-    return checkpoints.indexed_files(index, "an index of PyTorch files")
-
-
-@lru_cache(maxsize=1)
 def load_bin(file: Path) -> dict[str, Tensor]:
     """A PyTorch file, from the memory map where its format allows. weights_only: nothing else is unpickled."""
     try:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files written before PyTorch 1.6 cannot be mapped
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     except Exception as e:  # whatever a broken or hostile pickle leads to
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
@@ -284,42 +276,31 @@ def open_tokenizer(directory: Path, kind: str) -> Tokenizer:
 def from_vocabulary(directory: Path, kind: str) -> tokenizers.Tokenizer:
     """vocab.txt (WordPiece, BERT) or vocab.json + merges.txt (byte-level BPE: RoBERTa, Qwen2, Dream)."""
     words, vocab, merges = (directory / name for name in ("vocab.txt", "vocab.json", "merges.txt"))
+    options = read_json(directory / "tokenizer_config.json")
     if words.is_file():
-        options = read_json(directory / "tokenizer_config.json")
-        backend = tokenizers.Tokenizer(vocabulary(tokenizers.models.WordPiece, words, unk_token="[UNK]"))
-        if backend.token_to_id("[UNK]") is None:
-            raise ValueError(f"{words}: not a vocabulary of BERT's kind: there is no line [UNK]")
-        backend.normalizer = normalizers.BertNormalizer(
+        files, read = [words], partial(
+            BertWordPieceTokenizer.from_file,
             lowercase=bool(options.get("do_lower_case", True)),
             strip_accents=options.get("strip_accents") and True,
             handle_chinese_chars=bool(options.get("tokenize_chinese_chars", True)),
         )
-        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        backend.decoder = decoders.WordPiece()
-        return backend
-    if not (vocab.is_file() and merges.is_file()):
+    elif vocab.is_file() and merges.is_file():
+        files, read = [vocab, merges], ByteLevelBPETokenizer.from_file
+    else:
         tried = "tokenizer.json, tokenizer.model, vocab.txt, vocab.json with merges.txt"
         raise OSError(f"no tokenizer in {directory}: looked for {tried}")
-    backend = tokenizers.Tokenizer(vocabulary(tokenizers.models.BPE, vocab, merges))
-    if kind == "roberta":
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    else:
+    try:
+        backend = tokenizers.Tokenizer.from_str(read(*map(str, files)).to_str())
+    except Exception as e:  # the library raises nothing more special
+        raise ValueError(f"{' or '.join(map(str, files))}: not readable ({e})") from None
+    if not words.is_file() and kind != "roberta":  # Qwen2 cuts texts otherwise
         contraction, word = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+"
         marks, space = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"
         pieces = Regex("|".join([contraction, word, r"\p{N}", marks, space]))
-        backend.normalizer = normalizers.NFC()
         as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.normalizer = normalizers.NFC()
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), as_bytes])
-    backend.decoder = decoders.ByteLevel()
     return backend
-
-
-def vocabulary(model: type, *files: Path, **options):
-    """A model of the tokenizers library from files. Raises ValueError naming them."""
-    try:
-        return model.from_file(*map(str, files), **options)
-    except Exception as e:  # the library raises nothing more special
-        raise ValueError(f"{' or '.join(map(str, files))}: not readable ({e})") from None
 
 
 def prepare_tokenizer(tokenizer: Tokenizer, kind: str, needed: tuple) -> tuple[dict[str, int], dict[str, int]]:
@@ -376,16 +357,19 @@ def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: 
     """
     model, heads = skeleton(config, to)
     parameters = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    disk_names = {name: checkpoints.disk_name(config.model_type, name) for name in parameters}
+    on_disk = {name: checkpoints.disk_name(config.model_type, name) for name in parameters}
     embedding = next(f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding))
-    transform = [disk_names[name] for name in parameters if name.startswith(("model.transform.", "model.head."))]
-    no_transform = bool(transform) and not any(name in have for name in transform)  # an encoder saved without it
-    output = output_module(have, config, disk_names[embedding], no_transform)
-    fresh = new_tensors(model, heads, no_transform, seed)
+    transform = [name for name in parameters if name.startswith(("model.transform.", "model.head."))]
+    is_bare = not any(tensor.name.startswith("model.") for tensor in have.values())
+    if transform and not any(on_disk[name] in have for name in transform):  # an encoder saved without it
+        is_bare = True
+        pass_through(model.get_submodule(".".join(transform[0].split(".")[:2])))
+    output = output_module(have, on_disk[embedding], config.tie_word_embeddings or is_bare)
+    fresh = new_tensors(model, heads, seed)
 
     plan, used = [], set()
     for name in sorted(parameters, key=lambda name: name != embedding):  # the embedding has the dtype of what is new
-        shape, source, (module, _, leaf) = parameters[name], disk_names[name], name.rpartition(".")
+        shape, source, (module, _, leaf) = parameters[name], on_disk[name], name.rpartition(".")
         if module in heads:
             own = module != "lm_head" and f"{module}.weight" in have
             source = f"{module if own else output}.{leaf}"
@@ -394,18 +378,17 @@ def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: 
         if source in have:
             check(have[source], shape)
             used.add(source)
-            how = "copied" if source in (name, disk_names[name]) else f"copy of {have[source].name}"
+            how = "copied" if source in (name, on_disk[name]) else f"copy of {have[source].name}"
             dtype, make = have[source].dtype, have[source].make
         elif name in fresh:
-            tensor, how = fresh[name]
-            dtype, make = plan[0].dtype, tensor.clone
+            dtype, make, how = plan[0].dtype, fresh[name].clone, "new"
         else:
             raise ValueError(f"tensor {source!r} is missing, although config.json asks for it")
         if new_ids and (module in (*heads, "") or name == embedding):  # "": token frequencies
             shape, make = (rows, *shape[1:]), partial(grow, make, new_ids, rows)
-        plan.append(Lazy(disk_names[name], shape, dtype, make, how))
+        plan.append(Lazy(on_disk[name], shape, dtype, make, how))
     if to not in methods.NAMES:
-        plan = hf_plan(plan, have, config, output, disk_names[embedding])
+        plan = hf_plan(plan, have[f"{output}.weight"], have[on_disk[embedding]], config)
     left_over = [tensor.name for name, tensor in have.items() if name not in used]
     refuse_strangers(left_over)
     return plan, left_over
@@ -421,19 +404,32 @@ def skeleton(config, to: str) -> tuple[nn.Module, tuple[str, ...]]:
         return nn.ModuleDict({"model": backbone, "lm_head": lm_head}), ("lm_head",)
 
 
-def output_module(have: dict[str, Lazy], config, embedding: str, no_transform: bool) -> str:
+def output_module(have: dict[str, Lazy], embedding: str, may_be_tied: bool) -> str:
     """The canonical name of what the source predicts tokens with; the embedding where it has nothing else."""
     for module in (*(methods.get(name).HEADS[0] for name in methods.NAMES), "lm_head"):
         if f"{module}.weight" in have:
             return module
-    is_bare = not any(tensor.name.startswith("model.") for tensor in have.values())
-    if not (config.tie_word_embeddings or no_transform or is_bare):
+    if not may_be_tied:
         raise ValueError("tensor 'lm_head.weight' is missing, and config.json does not tie it to the embeddings")
     return embedding.removesuffix(".weight")
 
 
-def new_tensors(model: nn.Module, heads: tuple, no_transform: bool, seed: int) -> dict[str, tuple[Tensor, str]]:
-    """What no pretrained checkpoint has, by our parameter names: (tensor, what it starts as)."""
+def pass_through(transform: nn.ModuleDict) -> None:
+    """A prediction transform, LayerNorm(GELU(W h + b)), that starts as LayerNorm(h).
+
+    W is the identity and b = 4: so far to the right GELU is nearly linear, and LayerNorm takes the shift out again.
+    The outputs then lie in the space of the input embeddings, which serve as the output matrix. (Without a bias, as in
+    ModernBERT, GELU cuts off what is negative.)
+    """
+    dense, norm = transform.to_empty(device="cpu").values()
+    nn.init.eye_(dense.weight)
+    if dense.bias is not None:
+        nn.init.constant_(dense.bias, 4.0)
+    norm.reset_parameters()
+
+
+def new_tensors(model: nn.Module, heads: tuple[str, ...], seed: int) -> dict[str, Tensor]:
+    """What no pretrained checkpoint has, by our parameter names."""
     for name, module in model.named_children():
         if name not in ("model", *heads):
             module.to_empty(device="cpu")
@@ -441,35 +437,10 @@ def new_tensors(model: nn.Module, heads: tuple, no_transform: bool, seed: int) -
         setattr(model, name, torch.empty_like(buffer, device="cpu"))
     if hasattr(model, "init_heads"):
         model.init_heads(torch.Generator().manual_seed(seed))
-    parameters = model.state_dict()
-    fresh = {name: (parameter, "new") for name, parameter in parameters.items() if not parameter.is_meta}
-    for name in (f"{head}.bias" for head in heads):
-        if name in parameters:
-            fresh[name] = torch.zeros(parameters[name].shape), "new, zeros"
-    if no_transform:
-        fresh |= transparent_transform({n: p.shape for n, p in parameters.items() if "transform." in n or "head." in n})
-    return fresh
-
-
-def transparent_transform(shapes: dict[str, torch.Size]) -> dict[str, tuple[Tensor, str]]:
-    """A prediction transform, LayerNorm(GELU(W h + b)), that starts as LayerNorm(h).
-
-    W is the identity and b = 4: so far to the right GELU is nearly linear, and LayerNorm takes the shift out again.
-    The outputs then lie in the space of the input embeddings, which serve as the output matrix. (Without a bias, as in
-    ModernBERT, GELU cuts off what is negative.)
-    """
-    values = {
-        "dense.weight": lambda shape: torch.eye(shape[0]),
-        "dense.bias": lambda shape: torch.full(shape, 4.0),
-        "orm.weight": torch.ones,
-        "orm.bias": torch.zeros,
-    }
-    return {
-        name: (value(shape), "new")
-        for name, shape in shapes.items()
-        for ending, value in values.items()
-        if name.startswith("model.") and name.endswith(ending)
-    }
+    state = model.state_dict()
+    biases = {f"{head}.bias" for head in heads} & state.keys()
+    fresh = {name: tensor for name, tensor in state.items() if not tensor.is_meta}
+    return fresh | {name: torch.zeros(state[name].shape) for name in biases}
 
 
 def check(stored: Lazy, shape: tuple[int, ...]) -> None:
@@ -494,28 +465,19 @@ def grow(make: Callable[[], Tensor], new_ids: list[int], rows: int) -> Tensor:
     """[V] or [V, D] with `rows` rows; those of new tokens are the mean of the old ones."""
     old = make()
     mean = old.mean(0, dtype=torch.float32).to(old.dtype)
-    new = old.new_empty(rows, *old.shape[1:])
+    new = mean.repeat(rows, *[1] * (old.dim() - 1))
     new[: len(old)] = old
-    new[len(old) :] = mean
     new[new_ids] = mean
     return new
 
 
-def hf_plan(plan: list[Lazy], have: dict[str, Lazy], config, output: str, embedding: str) -> list[Lazy]:
+def hf_plan(plan: list[Lazy], matrix: Lazy, embedding: Lazy, config) -> list[Lazy]:
     """The plan under Hugging Face's names. An output matrix still equal to the embedding it was tied to is left out."""
+    may_be_tied = config.tie_word_embeddings and matrix.shape == embedding.shape
+    is_tied = matrix is embedding or (may_be_tied and torch.equal(matrix.make(), embedding.make()))
     weight, *biases = OUTPUT_NAMES.get(config.model_type, DECODER_OUTPUT)
-    out = []
-    is_tied = f"{output}.weight" == embedding
-    if config.tie_word_embeddings and not is_tied and have[f"{output}.weight"].shape == have[embedding].shape:
-        is_tied = torch.equal(have[f"{output}.weight"].make(), have[embedding].make())
-    for tensor in plan:
-        names = [tensor.name]
-        if tensor.name == "lm_head.weight":
-            names = [] if is_tied else [weight]
-        elif tensor.name == "lm_head.bias":
-            names = biases[: 1 if is_tied else None]
-        out += [replace(tensor, name=name) for name in names]
-    return out
+    names = {"lm_head.weight": [] if is_tied else [weight], "lm_head.bias": biases[: 1 if is_tied else None]}
+    return [replace(tensor, name=name) for tensor in plan for name in names.get(tensor.name, [tensor.name])]
 
 
 # ---------------------------------------------------------------------------------------------------- write
@@ -561,15 +523,15 @@ def target_config(raw: dict, config, to: str, rows: int, plan: list[Lazy]) -> di
 def check_output(output: Path, overwrite: bool) -> None:
     """Raises OSError where the directory cannot be written or must not be."""
     try:
+        if output.exists() and not output.is_dir():
+            raise OSError("is a file; choose another name")
         if output.is_dir() and any(output.iterdir()) and not overwrite:
             raise OSError("not empty; choose another folder, or pass --overwrite")
         if (output / "train_state.json").is_file():
             raise OSError("holds a checkpoint of a run, which would be lost; choose another folder")
-        if output.exists() and not output.is_dir():
-            raise OSError("is a file; choose another name")
         output.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(output.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            raise OSError("is in a folder that you may not write to")
     except OSError as e:
         raise OSError(f"--output_dir {output}: {f'cannot be written to ({e.strerror})' if e.strerror else e}") from None
 

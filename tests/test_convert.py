@@ -767,7 +767,7 @@ def test_a_write_that_fails_half_way_leaves_nothing(tmp_path, good, monkeypatch)
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert, "write_json", full)  # after the weights
+    monkeypatch.setattr(convert.checkpoints, "write_json", full)  # after the weights
     with pytest.raises(OSError, match="No space left"):
         run(good, tmp_path / "out")
     assert not list(tmp_path.iterdir())
