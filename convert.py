@@ -71,20 +71,23 @@ REQUIRED = {
     "scale_logits": False, "input_emb_norm": False, "attention_layer_norm": False, "rope": True,
 }  # fmt: skip
 
-# Hugging Face's names, in files, of what we call lm_head.weight and lm_head.bias; BERT's bias has two.
+# Hugging Face's names of the output matrix and its bias, where they are not lm_head.weight and lm_head.bias
 OUTPUT_NAMES = {
-    "modernbert": ("decoder.weight", "decoder.bias"),
-    "bert": ("cls.predictions.decoder.weight", "cls.predictions.bias", "cls.predictions.decoder.bias"),
-    "roberta": ("lm_head.decoder.weight", "lm_head.bias", "lm_head.decoder.bias"),
+    "modernbert": {"lm_head.weight": ["decoder.weight"], "lm_head.bias": ["decoder.bias"]},
+    "bert": {
+        "lm_head.weight": ["cls.predictions.decoder.weight"],
+        "lm_head.bias": ["cls.predictions.bias", "cls.predictions.decoder.bias"],
+    },
+    "roberta": {
+        "lm_head.weight": ["lm_head.decoder.weight"],
+        "lm_head.bias": ["lm_head.bias", "lm_head.decoder.bias"],
+    },
 }
-DECODER_OUTPUT = ("lm_head.weight", "lm_head.bias")
 HF_TYPE = {"llada": "llama", "dream": "qwen2"}
 HF_CLASS = {
     "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
     "modernbert": "ModernBertForMaskedLM", "bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM",
 }  # fmt: skip
-BARE = ("embed_tokens.", "embeddings.", "layers.", "encoder.", "norm.", "final_norm.")  # a backbone's own parts
-
 
 def parse_args(argv=None):
     f = cli.Flags("Convert checkpoints from and to Hugging Face's layout.")
@@ -137,20 +140,16 @@ def fetch(path_or_hub_id: str, revision: str | None) -> Path:
 
 def find_tensors(directory: Path) -> dict[str, Lazy]:
     """Every tensor of a checkpoint by its name on disk. Raises OSError for missing, ValueError for broken files."""
-    tried = []
-    for name, what in (("model.safetensors", "a safetensors index"), ("pytorch_model.bin", "an index of PyTorch files")):
-        index, single = directory / f"{name}.index.json", directory / name
+    formats = {"model.safetensors": "a safetensors index", "pytorch_model.bin": "an index of PyTorch files"}
+    for name, what in formats.items():
+        single, index = directory / name, directory / f"{name}.index.json"
         if index.is_file():
-            files = checkpoints.indexed_files(index, what)
-            held = {file: header(file) for file in sorted(set(files.values()))}
-            for tensor, file in files.items():
-                if tensor not in held[file]:
-                    raise ValueError(f"{file}: tensor {tensor!r} is missing, although the index names this file for it")
-            return {tensor: held[file][tensor] for tensor, file in files.items()}
+            files = set(checkpoints.indexed_files(index, what).values())
+            return {name: tensor for file in sorted(files) for name, tensor in header(file).items()}
         if single.is_file():
             return header(single)
-        tried += [single.name, index.name]
-    raise OSError(f"{directory}: no weights; looked for {', '.join(tried)}")
+    tried = ", ".join(f"{name}, {name}.index.json" for name in formats)
+    raise OSError(f"{directory}: no weights; looked for {tried}")
 
 
 def header(file: Path) -> dict[str, Lazy]:
@@ -195,28 +194,17 @@ def check_supported(raw: dict, directory: Path) -> None:
             raise ValueError(f"{directory}/config.json: {field} {raw[field]!r} is not supported, only {value!r}")
 
 
-def canonical(stored: dict[str, Lazy], kind: str) -> dict[str, Lazy]:
-    """The same tensors under one set of names: those of our own files, and lm_head for every family's output matrix."""
+def spellings(name: str, kind: str) -> list[str]:
+    """The names that a file may have for what we call `name`, with the name in our own files first."""
+    names = [checkpoints.disk_name(kind, name), *OUTPUT_NAMES.get(kind, {}).get(name, [])]
     base = checkpoints.disk_name(kind, "model.layers.").removesuffix("layers.")  # "model.", "bert." or "roberta."
-    is_bare = not any(name.startswith(base) for name in stored)  # a backbone saved alone has no prefix
-    weight, *biases = OUTPUT_NAMES.get(kind, DECODER_OUTPUT)
-    output = {weight: "lm_head.weight"} | dict.fromkeys(biases, "lm_head.bias")
-    named = {}
-    for name, tensor in stored.items():
-        if kind == "llada":
-            name = llada_name(name)
-        elif is_bare and name.startswith(BARE):
-            name = base + name
-        if kind == "bert":  # spelling of the first BERT checkpoints
-            name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
-        named[output.get(name, name)] = tensor
-    return named
-
-
-def llada_name(name: str) -> str:
-    """model.transformer.blocks.3.attn_out.weight -> model.layers.3.self_attn.o_proj.weight"""
-    is_theirs = name.startswith("model.transformer.")
-    return checkpoints.rename(name, [(theirs, ours) for ours, theirs in checkpoints.LLADA_NAMES]) if is_theirs else name
+    names.append(names[0].removeprefix(base))  # of a backbone saved alone
+    if kind == "llada":
+        names.append(checkpoints.rename(name, checkpoints.LLADA_NAMES))
+    if kind == "bert":  # as in the first BERT checkpoints
+        old = [("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")]
+        names += [n.replace(new, their) for n in names for new, their in old if n.endswith(new)]
+    return names
 
 
 def base_checkpoint(directory: Path, merge: bool) -> Path:
@@ -232,14 +220,13 @@ def base_checkpoint(directory: Path, merge: bool) -> Path:
     return base
 
 
-def merged(have: dict[str, Lazy], directory: Path, kind: str) -> dict[str, Lazy]:
+def merged(have: dict[str, Lazy], directory: Path) -> dict[str, Lazy]:
     """The tensors of a base checkpoint with the adapters and heads of `directory`. Raises ValueError for strangers."""
     settings, file = checkpoints.read_adapter_config(directory), directory / "adapter_model.safetensors"
     rank, adapters = settings["r"], header(file)
     have = have | header(directory / "heads.safetensors")
     for a in [name for name in adapters if name.endswith(".lora_A.weight")]:
         b, target = a.replace(".lora_A.", ".lora_B."), a.removeprefix(checkpoints.PREFIX).replace(".lora_A", "")
-        target = llada_name(target) if kind == "llada" else target
         if target not in have or b not in adapters:
             raise ValueError(f"{file}: {a} has no partner or no matrix {target!r} to be added to")
         rows, columns = have[target].shape
@@ -352,44 +339,47 @@ def use_reserved_ids(tokenizer: Tokenizer, names: list[str]) -> dict[str, int]:
 def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: int, seed: int):
     """Where every tensor of the target comes from: (list of Lazy, names in the source of what is left over).
 
-    have: the source's tensors under canonical names; config: the source's, completed; new_ids: of tokens added to the
+    have: the source's tensors by their names on disk; config: the source's, completed; new_ids: of tokens added to the
     vocabulary, for which the target has `rows` rows. Raises ValueError for a missing, misshaped or surplus tensor.
     """
+    kind = config.model_type
     model, heads = skeleton(config, to)
     parameters = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    on_disk = {name: checkpoints.disk_name(config.model_type, name) for name in parameters}
     embedding = next(f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding))
+
+    def find(name: str) -> Lazy | None:
+        return next((have[spelling] for spelling in spellings(name, kind) if spelling in have), None)
+
+    is_bare = not any(name.startswith("model.") for name in have)
     transform = [name for name in parameters if name.startswith(("model.transform.", "model.head."))]
-    is_bare = not any(tensor.name.startswith("model.") for tensor in have.values())
-    if transform and not any(on_disk[name] in have for name in transform):  # an encoder saved without it
+    if transform and not any(map(find, transform)):  # an encoder saved without its prediction transform
         is_bare = True
         pass_through(model.get_submodule(".".join(transform[0].split(".")[:2])))
-    output = output_module(have, on_disk[embedding], config.tie_word_embeddings or is_bare)
+    output = output_module(find, embedding, may_be_tied=is_bare or config.tie_word_embeddings)
     fresh = new_tensors(model, heads, seed)
 
     plan, used = [], set()
     for name in sorted(parameters, key=lambda name: name != embedding):  # the embedding has the dtype of what is new
-        shape, source, (module, _, leaf) = parameters[name], on_disk[name], name.rpartition(".")
-        if module in heads:
-            own = module != "lm_head" and f"{module}.weight" in have
-            source = f"{module if own else output}.{leaf}"
-            if leaf == "bias" and source not in have:
-                source = "lm_head.bias"  # an output matrix tied to the embeddings has a bias of its own
-        if source in have:
-            check(have[source], shape)
-            used.add(source)
-            how = "copied" if source in (name, on_disk[name]) else f"copy of {have[source].name}"
-            dtype, make = have[source].dtype, have[source].make
+        shape, source, how, (module, _, leaf) = parameters[name], find(name), "copied", name.rpartition(".")
+        if module in heads and (module == "lm_head" or not find(f"{module}.weight")):
+            source = find(f"{output}.{leaf}")
+            if leaf == "bias" and not source:
+                source = find("lm_head.bias")  # an output matrix tied to the embeddings has a bias of its own
+            how = f"copy of {source.name}" if source and module != output else "copied"
+        if source:
+            check(source, shape)
+            used.add(source.name)
+            dtype, make = source.dtype, source.make
         elif name in fresh:
             dtype, make, how = plan[0].dtype, fresh[name].clone, "new"
         else:
-            raise ValueError(f"tensor {source!r} is missing, although config.json asks for it")
+            raise ValueError(f"tensor {spellings(name, kind)[0]!r} is missing, although config.json asks for it")
         if new_ids and (module in (*heads, "") or name == embedding):  # "": token frequencies
             shape, make = (rows, *shape[1:]), partial(grow, make, new_ids, rows)
-        plan.append(Lazy(on_disk[name], shape, dtype, make, how))
+        plan.append(Lazy(checkpoints.disk_name(kind, name), shape, dtype, make, how))
     if to not in methods.NAMES:
-        plan = hf_plan(plan, have[f"{output}.weight"], have[on_disk[embedding]], config)
-    left_over = [tensor.name for name, tensor in have.items() if name not in used]
+        plan = hf_plan(plan, find(f"{output}.weight"), find(embedding), config)
+    left_over = [name for name in have if name not in used]
     refuse_strangers(left_over)
     return plan, left_over
 
@@ -404,10 +394,10 @@ def skeleton(config, to: str) -> tuple[nn.Module, tuple[str, ...]]:
         return nn.ModuleDict({"model": backbone, "lm_head": lm_head}), ("lm_head",)
 
 
-def output_module(have: dict[str, Lazy], embedding: str, may_be_tied: bool) -> str:
-    """The canonical name of what the source predicts tokens with; the embedding where it has nothing else."""
+def output_module(find: Callable, embedding: str, may_be_tied: bool) -> str:
+    """The name of what the source predicts tokens with; the embedding where it has nothing else."""
     for module in (*(methods.get(name).HEADS[0] for name in methods.NAMES), "lm_head"):
-        if f"{module}.weight" in have:
+        if find(f"{module}.weight"):
             return module
     if not may_be_tied:
         raise ValueError("tensor 'lm_head.weight' is missing, and config.json does not tie it to the embeddings")
@@ -475,8 +465,9 @@ def hf_plan(plan: list[Lazy], matrix: Lazy, embedding: Lazy, config) -> list[Laz
     """The plan under Hugging Face's names. An output matrix still equal to the embedding it was tied to is left out."""
     may_be_tied = config.tie_word_embeddings and matrix.shape == embedding.shape
     is_tied = matrix is embedding or (may_be_tied and torch.equal(matrix.make(), embedding.make()))
-    weight, *biases = OUTPUT_NAMES.get(config.model_type, DECODER_OUTPUT)
-    names = {"lm_head.weight": [] if is_tied else [weight], "lm_head.bias": biases[: 1 if is_tied else None]}
+    names = dict(OUTPUT_NAMES.get(config.model_type, {}))
+    if is_tied:
+        names |= {"lm_head.weight": [], "lm_head.bias": names.get("lm_head.bias", [])[:1]}
     return [replace(tensor, name=name) for tensor in plan for name in names.get(tensor.name, [tensor.name])]
 
 
@@ -509,8 +500,8 @@ def target_config(raw: dict, config, to: str, rows: int, plan: list[Lazy]) -> di
         return new | {"nanoedit": config.nanoedit}
     if kind not in ENCODER_TOKENS:
         new["is_causal"] = False
-    weight = OUTPUT_NAMES.get(kind, DECODER_OUTPUT)[0]
-    new["tie_word_embeddings"] = weight not in {tensor.name for tensor in plan}
+    output = set(spellings("lm_head.weight", kind))
+    new["tie_word_embeddings"] = not output & {tensor.name for tensor in plan}
     if to == "hf":
         defaults = {field: value for field, value in models.ARCHITECTURES[kind][1].items() if value is not None}
         new = defaults | new  # they need not be those of HF_CLASS
@@ -573,9 +564,9 @@ def convert(args) -> None:
         added, reserved = prepare_tokenizer(tokenizer, kind, method.TOKENS if method else ())
     rows = max(config.vocab_size, tokenizer.vocab_size)
 
-    have = canonical(find_tensors(base), kind)
+    have = find_tensors(base)
     if base != directory:
-        have = merged(have, directory, kind)
+        have = merged(have, directory)
     try:
         plan, left_over = make_plan(have, config, args.to, list(added.values()), rows, args.seed)
     except ValueError as e:
