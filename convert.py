@@ -57,12 +57,11 @@ QUESTION_ANSWER_TEMPLATE = """\
 Answer:
 {% endif %}
 """
-_BRACKETS = {"cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]", "pad": "[PAD]", "unk": "[UNK]"}
-ENCODER_TOKENS = {  # the roles that a tokenizer of this family plays even where its config does not say so
-    "bert": _BRACKETS,
-    "modernbert": _BRACKETS,
-    "roberta": {"cls": "<s>", "sep": "</s>", "mask": "<mask>", "pad": "<pad>", "unk": "<unk>"},
-}
+_BRACKETS = {"bos": "[CLS]", "eos": "[SEP]", "mask": "[MASK]", "pad": "[PAD]", "unk": "[UNK]"}
+_BRACKETS |= {"cls": "[CLS]", "sep": "[SEP]"}
+_ANGLES = {"bos": "<s>", "eos": "</s>", "mask": "<mask>", "pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>"}
+# the roles that a tokenizer of this family plays even where its config does not say so
+ENCODER_TOKENS = {"bert": _BRACKETS, "modernbert": _BRACKETS, "roberta": _ANGLES}
 
 # Settings under which a checkpoint would load, but compute something else than its authors' code.
 REQUIRED = {
@@ -71,17 +70,11 @@ REQUIRED = {
     "scale_logits": False, "input_emb_norm": False, "attention_layer_norm": False, "rope": True,
 }  # fmt: skip
 
-# Hugging Face's names of the output matrix and its bias, where they are not lm_head.weight and lm_head.bias
-OUTPUT_NAMES = {
-    "modernbert": {"lm_head.weight": ["decoder.weight"], "lm_head.bias": ["decoder.bias"]},
-    "bert": {
-        "lm_head.weight": ["cls.predictions.decoder.weight"],
-        "lm_head.bias": ["cls.predictions.bias", "cls.predictions.decoder.bias"],
-    },
-    "roberta": {
-        "lm_head.weight": ["lm_head.decoder.weight"],
-        "lm_head.bias": ["lm_head.bias", "lm_head.decoder.bias"],
-    },
+# Hugging Face's names of the output matrix's module; where there are two, both have the bias
+OUTPUT = {
+    "modernbert": ["decoder"],
+    "bert": ["cls.predictions.decoder", "cls.predictions"],
+    "roberta": ["lm_head.decoder", "lm_head"],
 }
 HF_TYPE = {"llada": "llama", "dream": "qwen2"}
 HF_CLASS = {
@@ -120,7 +113,7 @@ def parse_args(argv=None):
 class Lazy:
     """A tensor of the source or of the target, known by its header and made when it is needed.
 
-    name: in the file; dtype: None where it is not a float we know; how: "copied", or where else it comes from.
+    name: in the file; dtype: None or integer where we cannot compute with it; how: "copied", or where else it comes from.
     """
 
     name: str
@@ -156,13 +149,14 @@ def header(file: Path) -> dict[str, Lazy]:
     """The tensors of a file. From safetensors, and from PyTorch files since 1.6, none of them is read yet."""
     if file.suffix == ".bin":
         tensors = load_bin(file)
-        known = {name: (tuple(t.shape), t.dtype if t.dtype in DTYPES.values() else None) for name, t in tensors.items()}
-        return {name: Lazy(name, *known[name], partial(tensors.get, name)) for name in tensors}
+        return {name: Lazy(name, t.shape, t.dtype, partial(tensors.get, name)) for name, t in tensors.items()}
+    found = {}
     with checkpoints.open_tensors(file) as f:
-        slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
-        known = {name: (tuple(s.get_shape()), DTYPES.get(s.get_dtype())) for name, s in slices.items()}
-    read = partial(checkpoints.read_tensor, file)
-    return {name: Lazy(name, *known[name], partial(read, name, known[name][0])) for name in known}
+        for name in f.keys():  # noqa: SIM118
+            shape, dtype = tuple(f.get_slice(name).get_shape()), f.get_slice(name).get_dtype()
+            read = partial(checkpoints.read_tensor, file, name, shape)
+            found[name] = Lazy(name, shape, DTYPES.get(dtype), read)
+    return found
 
 
 def load_bin(file: Path) -> dict[str, Tensor]:
@@ -196,9 +190,10 @@ def check_supported(raw: dict, directory: Path) -> None:
 
 def spellings(name: str, kind: str) -> list[str]:
     """The names that a file may have for what we call `name`, with the name in our own files first."""
-    names = [checkpoints.disk_name(kind, name), *OUTPUT_NAMES.get(kind, {}).get(name, [])]
-    base = checkpoints.disk_name(kind, "model.layers.").removesuffix("layers.")  # "model.", "bert." or "roberta."
-    names.append(names[0].removeprefix(base))  # of a backbone saved alone
+    ours, base = checkpoints.disk_name(kind, name), checkpoints.disk_name(kind, "model.")
+    names = [ours, ours.removeprefix(base)]  # the second: of a backbone saved alone
+    if name.startswith("lm_head."):
+        names += [name.replace("lm_head", module) for module in OUTPUT.get(kind, [])]
     if kind == "llada":
         names.append(checkpoints.rename(name, checkpoints.LLADA_NAMES))
     if kind == "bert":  # as in the first BERT checkpoints
@@ -251,12 +246,11 @@ def open_tokenizer(directory: Path, kind: str) -> Tokenizer:
     is_bare = not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = load_tokenizer(directory, from_vocabulary(directory, kind) if is_bare else None)
     for role, name in ENCODER_TOKENS.get(kind, {}).items():
-        if tokenizer.backend.token_to_id(name) is not None:
-            tokenizer.config.setdefault(f"{role}_token", name)
-    if is_bare:  # special tokens are then words like any other, until they are declared
-        names = [v for k, v in tokenizer.config.items() if k.endswith("_token") and isinstance(v, str)]
-        known = [name for name in names if tokenizer.backend.token_to_id(name) is not None]
-        tokenizer.backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in known])
+        if tokenizer.backend.token_to_id(name) is None:
+            continue
+        tokenizer.config.setdefault(f"{role}_token", name)
+        if is_bare:  # special tokens are then words like any other, until they are declared
+            tokenizer.backend.add_special_tokens([AddedToken(name, special=True, normalized=False)])
     return tokenizer
 
 
@@ -298,9 +292,6 @@ def prepare_tokenizer(tokenizer: Tokenizer, kind: str, needed: tuple) -> tuple[d
     wanted = {role: SPECIAL_TOKENS[role] for role in ("mask", "bos", "pad", "eos")}
     reserved = {}
     if kind in ENCODER_TOKENS:
-        for role, its_name in (("bos", "cls"), ("eos", "sep")):
-            if name := tokenizer.config.get(f"{role}_token") or tokenizer.config.get(f"{its_name}_token"):
-                tokenizer.config[f"{role}_token"] = name
         tokenizer.chat_template = tokenizer.chat_template or QUESTION_ANSWER_TEMPLATE
     if "del" in needed:
         wanted["del"] = DEL_TOKEN
@@ -434,7 +425,7 @@ def new_tensors(model: nn.Module, heads: tuple[str, ...], seed: int) -> dict[str
 
 
 def check(stored: Lazy, shape: tuple[int, ...]) -> None:
-    if stored.dtype is None:
+    if stored.dtype not in DTYPES.values():
         known = ", ".join(DTYPES)
         raise ValueError(f"tensor {stored.name!r} is none of {known}: quantised weights cannot be converted")
     if stored.shape != shape:
@@ -465,9 +456,11 @@ def hf_plan(plan: list[Lazy], matrix: Lazy, embedding: Lazy, config) -> list[Laz
     """The plan under Hugging Face's names. An output matrix still equal to the embedding it was tied to is left out."""
     may_be_tied = config.tie_word_embeddings and matrix.shape == embedding.shape
     is_tied = matrix is embedding or (may_be_tied and torch.equal(matrix.make(), embedding.make()))
-    names = dict(OUTPUT_NAMES.get(config.model_type, {}))
-    if is_tied:
-        names |= {"lm_head.weight": [], "lm_head.bias": names.get("lm_head.bias", [])[:1]}
+    modules = OUTPUT.get(config.model_type, ["lm_head"])
+    names = {
+        "lm_head.weight": [] if is_tied else [f"{modules[0]}.weight"],
+        "lm_head.bias": [f"{module}.bias" for module in (modules[-1:] if is_tied else modules)],
+    }
     return [replace(tensor, name=name) for tensor in plan for name in names.get(tensor.name, [tensor.name])]
 
 
@@ -500,8 +493,8 @@ def target_config(raw: dict, config, to: str, rows: int, plan: list[Lazy]) -> di
         return new | {"nanoedit": config.nanoedit}
     if kind not in ENCODER_TOKENS:
         new["is_causal"] = False
-    output = set(spellings("lm_head.weight", kind))
-    new["tie_word_embeddings"] = not output & {tensor.name for tensor in plan}
+    output = OUTPUT.get(kind, ["lm_head"])[0]
+    new["tie_word_embeddings"] = f"{output}.weight" not in {tensor.name for tensor in plan}
     if to == "hf":
         defaults = {field: value for field, value in models.ARCHITECTURES[kind][1].items() if value is not None}
         new = defaults | new  # they need not be those of HF_CLASS
