@@ -46,7 +46,7 @@ from plumbing import checkpoints, cli, methods
 from plumbing.tokenizer import CHAT_TEMPLATE, DEL_TOKEN, SPECIAL_TOKENS, Tokenizer, load_tokenizer, read_json
 
 SHARD_BYTES = 2 * 10**9  # a file of the target; a larger tensor has a file for itself
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 QUESTION_ANSWER_TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}
@@ -111,14 +111,13 @@ def parse_args(argv=None):
 
 @dataclass
 class Lazy:
-    """A tensor of the source or of the target, known by its header and made when it is needed.
+    """A tensor of the source or of the target that is made when it is needed.
 
-    name: in the file; dtype: None or integer where we cannot compute with it; how: "copied", or where else it comes from.
+    name: in the file; meta: its shape and dtype, without values; how: "copied", or where else it comes from.
     """
 
     name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
+    meta: Tensor
     make: Callable[[], Tensor]
     how: str = "copied"
 
@@ -148,14 +147,14 @@ def find_tensors(directory: Path) -> dict[str, Lazy]:
 def header(file: Path) -> dict[str, Lazy]:
     """The tensors of a file. From safetensors, and from PyTorch files since 1.6, none of them is read yet."""
     if file.suffix == ".bin":
-        tensors = load_bin(file)
-        return {name: Lazy(name, t.shape, t.dtype, partial(tensors.get, name)) for name, t in tensors.items()}
+        return {name: Lazy(name, tensor.to("meta"), tensor.clone) for name, tensor in load_bin(file).items()}
     found = {}
     with checkpoints.open_tensors(file) as f:
         for name in f.keys():  # noqa: SIM118
-            shape, dtype = tuple(f.get_slice(name).get_shape()), f.get_slice(name).get_dtype()
-            read = partial(checkpoints.read_tensor, file, name, shape)
-            found[name] = Lazy(name, shape, DTYPES.get(dtype), read)
+            stored = f.get_slice(name)
+            dtype = FLOATS.get(stored.get_dtype(), torch.uint8)  # for all that is no float: `check` refuses it
+            meta = torch.empty(stored.get_shape(), dtype=dtype, device="meta")
+            found[name] = Lazy(name, meta, partial(checkpoints.read_tensor, file, name, meta.shape))
     return found
 
 
@@ -220,22 +219,22 @@ def merged(have: dict[str, Lazy], directory: Path) -> dict[str, Lazy]:
     settings, file = checkpoints.read_adapter_config(directory), directory / "adapter_model.safetensors"
     rank, adapters = settings["r"], header(file)
     have = have | header(directory / "heads.safetensors")
-    for a in [name for name in adapters if name.endswith(".lora_A.weight")]:
-        b, target = a.replace(".lora_A.", ".lora_B."), a.removeprefix(checkpoints.PREFIX).replace(".lora_A", "")
-        if target not in have or b not in adapters:
-            raise ValueError(f"{file}: {a} has no partner or no matrix {target!r} to be added to")
-        rows, columns = have[target].shape
-        for name, shape in ((a, (rank, columns)), (b, (rows, rank))):
-            if adapters[name].shape != shape:
-                raise ValueError(f"{file}: {name} has shape {list(adapters[name].shape)}, not {list(shape)}")
-        add = partial(add_product, have[target], settings["lora_alpha"] / rank, adapters[b], adapters[a])
-        have[target] = replace(have[target], make=add)
+    for name in [name for name in adapters if name.endswith(".lora_A.weight")]:
+        target = name.removeprefix(checkpoints.PREFIX).replace(".lora_A", "")
+        W, A, B = have.get(target), adapters[name], adapters.get(name.replace(".lora_A.", ".lora_B."))
+        if not W or not B:
+            raise ValueError(f"{file}: {name} has no partner or no matrix {target!r} to be added to")
+        rows, columns = W.meta.shape
+        for factor, shape in ((A, (rank, columns)), (B, (rows, rank))):
+            if factor.meta.shape != shape:
+                raise ValueError(f"{file}: {factor.name} has shape {list(factor.meta.shape)}, not {list(shape)}")
+        have[target] = replace(W, make=partial(add_product, W, settings["lora_alpha"] / rank, B, A))
     return have
 
 
 def add_product(W: Lazy, scale: float, B: Lazy, A: Lazy) -> Tensor:
     """W + scale * B A, computed in float32 and rounded once."""
-    return (W.make().float() + scale * B.make().float() @ A.make().float()).to(W.dtype)
+    return (W.make().float() + scale * B.make().float() @ A.make().float()).to(W.meta.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- tokens
@@ -309,8 +308,6 @@ def prepare_tokenizer(tokenizer: Tokenizer, kind: str, needed: tuple) -> tuple[d
 
 def use_reserved_ids(tokenizer: Tokenizer, names: list[str]) -> dict[str, int]:
     """Renames reserved tokens (`<|reserved_token_0|>`, ...) in the order of their ids: the embedding need not grow."""
-    if not isinstance(tokenizer.backend, tokenizers.Tokenizer):
-        return {}
     spec = json.loads(tokenizer.backend.to_str())
     free = [token for token in spec["added_tokens"] if re.fullmatch(r"<\|reserved_\w*\d+\|>", token["content"])]
     taken = {}
@@ -335,39 +332,43 @@ def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: 
     """
     kind = config.model_type
     model, heads = skeleton(config, to)
-    parameters = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    parameters = model.state_dict()
     embedding = next(f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding))
 
     def find(name: str) -> Lazy | None:
         return next((have[spelling] for spelling in spellings(name, kind) if spelling in have), None)
 
-    is_bare = not any(name.startswith("model.") for name in have)
+    may_be_tied = config.tie_word_embeddings or not any(name.startswith("model.") for name in have)
     transform = [name for name in parameters if name.startswith(("model.transform.", "model.head."))]
     if transform and not any(map(find, transform)):  # an encoder saved without its prediction transform
-        is_bare = True
+        may_be_tied = True
         pass_through(model.get_submodule(".".join(transform[0].split(".")[:2])))
-    output = output_module(find, embedding, may_be_tied=is_bare or config.tie_word_embeddings)
     fresh = new_tensors(model, heads, seed)
+    outputs = [*(methods.get(method).HEADS[0] for method in methods.NAMES), "lm_head"]
+    output = next((module for module in outputs if find(f"{module}.weight")), embedding.removesuffix(".weight"))
+    if output not in outputs and not may_be_tied:
+        raise ValueError("tensor 'lm_head.weight' is missing, and config.json does not tie it to the embeddings")
 
     plan, used = [], set()
     for name in sorted(parameters, key=lambda name: name != embedding):  # the embedding has the dtype of what is new
-        shape, source, how, (module, _, leaf) = parameters[name], find(name), "copied", name.rpartition(".")
+        module, _, leaf = name.rpartition(".")
+        source, how = find(name), "copied"
         if module in heads and (module == "lm_head" or not find(f"{module}.weight")):
             source = find(f"{output}.{leaf}")
             if leaf == "bias" and not source:
                 source = find("lm_head.bias")  # an output matrix tied to the embeddings has a bias of its own
             how = f"copy of {source.name}" if source and module != output else "copied"
         if source:
-            check(source, shape)
+            check(source, parameters[name].shape)
             used.add(source.name)
-            dtype, make = source.dtype, source.make
+            meta, make = source.meta, source.make
         elif name in fresh:
-            dtype, make, how = plan[0].dtype, fresh[name].clone, "new"
+            meta, make, how = fresh[name].to("meta", plan[0].meta.dtype), fresh[name].clone, "new"
         else:
             raise ValueError(f"tensor {spellings(name, kind)[0]!r} is missing, although config.json asks for it")
         if new_ids and (module in (*heads, "") or name == embedding):  # "": token frequencies
-            shape, make = (rows, *shape[1:]), partial(grow, make, new_ids, rows)
-        plan.append(Lazy(checkpoints.disk_name(kind, name), shape, dtype, make, how))
+            meta, make = meta.new_empty(rows, *meta.shape[1:]), partial(grow, make, new_ids, rows)
+        plan.append(Lazy(checkpoints.disk_name(kind, name), meta, make, how))
     if to not in methods.NAMES:
         plan = hf_plan(plan, find(f"{output}.weight"), find(embedding), config)
     left_over = [name for name in have if name not in used]
@@ -383,16 +384,6 @@ def skeleton(config, to: str) -> tuple[nn.Module, tuple[str, ...]]:
         backbone = models.ARCHITECTURES[config.model_type][0](config)
         lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.vocab_bias)
         return nn.ModuleDict({"model": backbone, "lm_head": lm_head}), ("lm_head",)
-
-
-def output_module(find: Callable, embedding: str, may_be_tied: bool) -> str:
-    """The name of what the source predicts tokens with; the embedding where it has nothing else."""
-    for module in (*(methods.get(name).HEADS[0] for name in methods.NAMES), "lm_head"):
-        if find(f"{module}.weight"):
-            return module
-    if not may_be_tied:
-        raise ValueError("tensor 'lm_head.weight' is missing, and config.json does not tie it to the embeddings")
-    return embedding.removesuffix(".weight")
 
 
 def pass_through(transform: nn.ModuleDict) -> None:
@@ -424,12 +415,12 @@ def new_tensors(model: nn.Module, heads: tuple[str, ...], seed: int) -> dict[str
     return fresh | {name: torch.zeros(state[name].shape) for name in biases}
 
 
-def check(stored: Lazy, shape: tuple[int, ...]) -> None:
-    if stored.dtype not in DTYPES.values():
-        known = ", ".join(DTYPES)
+def check(stored: Lazy, shape: torch.Size) -> None:
+    if stored.meta.dtype not in FLOATS.values():
+        known = ", ".join(FLOATS)
         raise ValueError(f"tensor {stored.name!r} is none of {known}: quantised weights cannot be converted")
-    if stored.shape != shape:
-        found, asked = list(stored.shape), list(shape)
+    if stored.meta.shape != shape:
+        found, asked = list(stored.meta.shape), list(shape)
         raise ValueError(f"tensor {stored.name!r} has shape {found}, config.json asks for {asked}")
 
 
@@ -454,7 +445,7 @@ def grow(make: Callable[[], Tensor], new_ids: list[int], rows: int) -> Tensor:
 
 def hf_plan(plan: list[Lazy], matrix: Lazy, embedding: Lazy, config) -> list[Lazy]:
     """The plan under Hugging Face's names. An output matrix still equal to the embedding it was tied to is left out."""
-    may_be_tied = config.tie_word_embeddings and matrix.shape == embedding.shape
+    may_be_tied = config.tie_word_embeddings and matrix.meta.shape == embedding.meta.shape
     is_tied = matrix is embedding or (may_be_tied and torch.equal(matrix.make(), embedding.make()))
     modules = OUTPUT.get(config.model_type, ["lm_head"])
     names = {
@@ -467,17 +458,11 @@ def hf_plan(plan: list[Lazy], matrix: Lazy, embedding: Lazy, config) -> list[Laz
 # ---------------------------------------------------------------------------------------------------- write
 
 
-def plan_files(plan: list[Lazy]):
-    """model.safetensors, or shards with an index: the library's StateDictSplit, from headers alone."""
-    headers = {tensor.name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in plan}
-    return split_torch_state_dict_into_shards(headers, max_shard_size=SHARD_BYTES)
-
-
 def write_tensors(directory: Path, plan: list[Lazy], split) -> None:
-    """The tensors of one file at a time are in memory."""
+    """The files of a StateDictSplit. The tensors of one file at a time are in memory."""
     planned = {tensor.name: tensor for tensor in plan}
     for file, names in tqdm(split.filename_to_tensors.items(), unit="file", desc="writing", leave=False):
-        shard = {name: planned[name].make().to(planned[name].dtype).contiguous() for name in names}
+        shard = {name: planned[name].make().to(planned[name].meta.dtype).contiguous() for name in names}
         save_file(shard, directory / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -488,7 +473,7 @@ def target_config(raw: dict, config, to: str, rows: int, plan: list[Lazy]) -> di
     """config.json of the target. raw: the source's; config: the same, completed, with the target's own settings."""
     kind, foreign = config.model_type, ("architectures", "auto_map", "torch_dtype", "nanoedit")
     new = {field: value for field, value in raw.items() if field not in foreign}
-    new |= {"model_type": kind, "vocab_size": rows, "dtype": str(plan[0].dtype).removeprefix("torch.")}
+    new |= {"model_type": kind, "vocab_size": rows, "dtype": str(plan[0].meta.dtype).removeprefix("torch.")}
     if to in methods.NAMES:
         return new | {"nanoedit": config.nanoedit}
     if kind not in ENCODER_TOKENS:
@@ -515,7 +500,7 @@ def check_output(output: Path, overwrite: bool) -> None:
             raise OSError("holds a checkpoint of a run, which would be lost; choose another folder")
         output.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(output.parent, os.W_OK):
-            raise OSError("is in a folder that you may not write to")
+            raise OSError("its folder is not yours to write to")
     except OSError as e:
         raise OSError(f"--output_dir {output}: {f'cannot be written to ({e.strerror})' if e.strerror else e}") from None
 
@@ -565,8 +550,8 @@ def convert(args) -> None:
     except ValueError as e:
         raise ValueError(f"{directory}: {e}") from None
     if args.dtype != "keep":
-        plan = [replace(tensor, dtype=getattr(torch, args.dtype)) for tensor in plan]
-    split = plan_files(plan)
+        plan = [replace(tensor, meta=tensor.meta.to(getattr(torch, args.dtype))) for tensor in plan]
+    split = split_torch_state_dict_into_shards({t.name: t.meta for t in plan}, max_shard_size=SHARD_BYTES)
     size, free = split.metadata["total_size"], shutil.disk_usage(output.parent).free
     if size > free:
         raise OSError(f"--output_dir {output}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
@@ -592,7 +577,7 @@ def report(kind: str, to: str, plan: list[Lazy], left_over: list[str]) -> None:
     new = [tensor for tensor in plan if tensor.how != "copied"]
     print(f"{kind} -> {to}: {len(plan) - len(new)} tensors copied, {len(new)} new, {len(left_over)} left over")
     for tensor in new:
-        print(f"  {tensor.name} {list(tensor.shape)}: {tensor.how}")
+        print(f"  {tensor.name} {list(tensor.meta.shape)}: {tensor.how}")
     if left_over:
         print(f"  left over: {', '.join(left_over)}")
 
