@@ -93,16 +93,15 @@ def parse_args(argv=None):
     f.flag("--overwrite", help="replace the checkpoint in output_dir")
     a("--dtype", choices=["keep", "float32", "bfloat16"], default="keep", help="of the weights written")
     a("--seed", type=cli.number(int, low=0), default=42, help="of the heads that start at random")
-    owner = {}  # flag -> the method whose models remember it
     for method in methods.NAMES:
-        alone = cli.Flags("")
-        for parser in (f, alone):
-            methods.get(method).model_flags(parser)
-        owner |= dict.fromkeys(vars(alone.parse_args([])), method)
+        methods.get(method).model_flags(f)
     args = f.parse_args(argv)
-    for flag, method in owner.items():
-        if args.to != method and getattr(args, flag) != f.get_default(flag):
-            f.error(f"--{flag} goes with --to {method} only")
+    for method in set(methods.NAMES) - {args.to}:
+        others = cli.Flags("")
+        methods.get(method).model_flags(others)
+        for flag, default in vars(others.parse_args([])).items():
+            if getattr(args, flag) != default:
+                f.error(f"--{flag} goes with --to {method} only")
     return args
 
 
