@@ -23,7 +23,7 @@ import parallel
 from lora import PREFIX, check_base, read_adapter_config  # noqa: F401
 from models import (  # noqa: F401
     LLADA_NAMES, disk_name, indexed_files, llada_config, local_path, open_tensors, read_config, read_tensor, rename,
-    tensor_files,
+    load, save, tensor_files,
 )  # fmt: skip
 
 STATE = "train_state.json"
