@@ -435,7 +435,8 @@ def refuse_strangers(left_over: list[str]) -> None:
 def grow(make: Callable[[], Tensor], new_ids: list[int], rows: int) -> Tensor:
     """[V] or [V, D] with `rows` rows; those of new tokens are the mean of the old ones."""
     old = make()
-    mean = old.mean(0, dtype=torch.float32).to(old.dtype)
+    total = sum(part.sum(0, dtype=torch.float32) for part in old.split(4096))  # torch copies what it sums to float32
+    mean = (total / len(old)).to(old.dtype)
     new = mean.repeat(rows, *[1] * (old.dim() - 1))
     new[: len(old)] = old
     new[new_ids] = mean
@@ -460,9 +461,12 @@ def hf_plan(plan: list[Lazy], matrix: Lazy, embedding: Lazy, config) -> list[Laz
 def write_tensors(directory: Path, plan: list[Lazy], split) -> None:
     """The files of a StateDictSplit. The tensors of one file at a time are in memory."""
     planned = {tensor.name: tensor for tensor in plan}
+
+    def made(name: str) -> Tensor:
+        return planned[name].make().to(planned[name].meta.dtype).contiguous()
+
     for file, names in tqdm(split.filename_to_tensors.items(), unit="file", desc="writing", leave=False):
-        shard = {name: planned[name].make().to(planned[name].meta.dtype).contiguous() for name in names}
-        save_file(shard, directory / file, metadata={"format": "pt"})
+        save_file({name: made(name) for name in names}, directory / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         checkpoints.write_json(directory / "model.safetensors.index.json", index)
