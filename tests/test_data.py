@@ -457,7 +457,7 @@ BROKEN_FILES = {
     "empty.txt": (b"", ":1: the file holds no text"),
     "empty.jsonl": (b"\n\n", ": no usable record"),
     "a.json": (b'{"data": [\n1,,]}', ":2: not JSON"),
-    "lines.json": (b'{"text": "T"}\n{"text": "T"}\n', ":2: not JSON .*name it .jsonl"),
+    "lines.json": (b'{"text": "T"}\n{"text": "T"}\n', ":2: not JSON .*a .jsonl file holds one object per line"),
     "two.json": (b'{"a": [], "b": []}', ":1: .*exactly one list"),
     "number.json": (b"3", ":1: .*must hold a list"),
     "deep.json": (b"[" * 10**5, ":1: not usable JSON"),
