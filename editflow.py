@@ -435,7 +435,7 @@ def finish_texts(model, x, prompt_len, hidden, stale, steps, count, eos_id) -> l
     for ids, start, made, left_over in zip(x.unpack(), prompt_len.tolist(), count.tolist(), expected.tolist()):
         tokens = ids[start:]
         response = tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
-        details = dict(zip(("substitutions", "deletions", "insertions"), made)) | {"left_over": round(left_over, 2)}
+        details = dict(zip(("substitutions", "deletions", "insertions"), made)) | {"left_over": left_over}
         note = ""
         if left_over > max(2, 0.05 * made[INSERT]):
             note = f"the model still expected {left_over:.0f} insertions at the end; more steps (a smaller --tau) give "

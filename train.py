@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import toy
 
 import data
 import lora
 import models
 import parallel
+import toy
 from parallel import ParallelModel, Ranks
 from plumbing import checkpoints, cli, feed, methods
 from plumbing.log import Log

@@ -117,7 +117,7 @@ def build_world(root: Path) -> None:
     vocabulary = sorted(words.backend.get_vocab(), key=words.backend.token_to_id)
     for name in ("words", "merges"):
         (root / name / "tokenizer.json").unlink()
-    (root / "words/vocab.txt").write_text("".join(f"{token}\n" for token in [*vocabulary[:-1], "[UNK]"]))
+    (root / "words/vocab.txt").write_text("".join(f"{token}\n" for token in [*vocabulary[:-3], "[UNK]", "[CLS]", "[SEP]"]))
     letters = ["a", "b", "ab", *vocabulary[:20]]
     write_json(root / "merges/vocab.json", {token: i for i, token in enumerate(letters)})
     (root / "merges/merges.txt").write_text("#version: 0.2\na b\n")
