@@ -40,9 +40,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cache, partial
-from math import nan, sqrt
+from math import sqrt
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -200,7 +200,7 @@ TASKS = {
         system=CODE,
         question=mbpp_question,
         check=mbpp_check,
-        judge="the record's asserts pass, run by execution.py (one, if only its prompt has some: evalplus has far more)",
+        judge="the record's asserts pass, run by execution.py (one, if only the prompt has some; evalplus has more)",
         program=lambda record, response: code(response),
     ),
     "toy": Task(
@@ -212,8 +212,6 @@ TASKS = {
 }
 
 TASKS["toy-repair"] = replace(TASKS["toy"], judge=TASKS["toy"].judge + "; the draft is a corrupted response")
-
-# -------------------------------------------------------------------------------------------------------- samples
 
 
 @dataclass
@@ -264,17 +262,14 @@ def read_records(task: Task, source: str) -> list[dict]:
     return records
 
 
-def fingerprint(checkpoint: Path) -> list:
-    """Name, size and time of its files: training on in the same folder makes it another checkpoint."""
+def set_keys(samples: list[Sample], settings: dict, checkpoint: Path) -> None:
+    """The checkpoint counts by name, size and time of its files: once it was trained on, it is another one."""
     kinds, names = (".safetensors", ".jinja", ".model"), ("config.json", "tokenizer.json", "tokenizer_config.json")
     files = [file for file in sorted(checkpoint.iterdir()) if file.suffix in kinds or file.name in names]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def set_keys(samples: list[Sample], settings: dict) -> None:
+    files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     for i, sample in enumerate(samples):
-        everything = json.dumps([i, sample.id, sample.messages, sample.seed, settings], sort_keys=True)
-        sample.key = hashlib.sha256(everything.encode()).hexdigest()[:16]
+        everything = [i, sample.id, sample.messages, sample.seed, settings | {"checkpoint": files}]
+        sample.key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------ answers and rows
@@ -350,9 +345,6 @@ def answer_samples(name, samples, generate, out: Path, rank: int = 0, world: int
                 bar.update()
 
 
-# -------------------------------------------------------------------------------------------------------- summary
-
-
 def merge(name: str, samples: list[Sample], out: Path, may_run: bool = False) -> list[dict]:
     """The rows of these samples from all ranks, in order and judged (programs only if they may run), as written to
     OUT/<task>.jsonl. Programs also go to OUT/evalplus_<task>.jsonl and OUT/evalplus_<task>_draft.jsonl."""
@@ -369,31 +361,25 @@ def merge(name: str, samples: list[Sample], out: Path, may_run: bool = False) ->
     with ThreadPoolExecutor(max(1, os.cpu_count() // 2)) as pool:
         judged = (pool.map if task.program else map)(judge, samples)  # math-verify works in the main thread alone
         rows = list(tqdm(judged, total=len(samples), desc=f"{name}, judging", unit="sample"))
-    write_lines(out / f"{name}.jsonl", rows)
+    (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for who, part in (("response", ""), ("draft", "_draft")) if task.program else ():
         texts = [(sample, row[who]) for sample, row in zip(samples, rows) if row[who] is not None]
-        solutions = [{"task_id": sample.id, "solution": task.program(sample.record, text)} for sample, text in texts]
-        write_lines(out / f"evalplus_{name}{part}.jsonl", solutions)
+        lines = [{"task_id": sample.id, "solution": task.program(sample.record, text)} for sample, text in texts]
+        (out / f"evalplus_{name}{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return rows
 
 
-def write_lines(path: Path, lines: list[dict]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 def summarise(rows: list[dict]) -> dict:
-    """Share of each verdict with its standard error sqrt(p (1 - p) / n), by judged text; mean counts of passes; tokens
-    of the response per second of generation, in one process."""
+    """Share of every verdict with its standard error sqrt(p (1 - p) / n); mean counts of passes; tokens of the responses
+    per second of generation, in one process."""
     summary = {"n": len(rows)}
-    for verdict in [field for field, value in rows[0].items() if isinstance(value, bool)]:
-        p = mean(row[verdict] for row in rows)
-        summary[verdict] = p
-        summary[verdict + "_standard_error"] = sqrt(p * (1 - p) / len(rows))
+    for verdict in dict.fromkeys(field for row in rows for field in row if isinstance(row[field], bool)):
+        p = fmean(row[verdict] for row in rows if verdict in row)
+        summary |= {verdict: p, verdict + "_standard_error": sqrt(p * (1 - p) / len(rows))}
     counts = [field for field, value in rows[0].items() if type(value) is int and field != "tokens"]
-    summary["passes"] = {field: mean(row[field] for row in rows) for field in counts}
-    for total in ("tokens", "seconds"):
-        summary[total] = sum(row[total] for row in rows)
-    return summary | {"tokens_per_second": summary["tokens"] / max(summary["seconds"], 1e-9)}
+    summary["passes"] = {field: fmean(row[field] for row in rows) for field in counts}
+    tokens, seconds = (sum(row[field] for row in rows) for field in ("tokens", "seconds"))
+    return summary | {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
 
 
 def table(summaries: dict[str, dict]) -> str:
@@ -402,9 +388,10 @@ def table(summaries: dict[str, dict]) -> str:
     for name, summary in summaries.items():
         passes = {count.replace("_", " "): f"{mean:.1f}" for count, mean in summary["passes"].items()}
         for verdict in [key for key in summary if key + "_standard_error" in summary] or ["not judged"]:
-            p, error = summary.get(verdict, nan), summary.get(verdict + "_standard_error", nan)
-            cells = {"task": name, "verdict": verdict.replace("_", " "), "n": str(summary["n"])}
-            cells["percent"] = f"{100 * p:.1f} ± {100 * error:.1f}"
+            cells = {"task": name, "verdict": verdict.replace("_", " "), "n": str(summary["n"]), "percent": "-"}
+            if verdict in summary:
+                percents = 100 * summary[verdict], 100 * summary[verdict + "_standard_error"]
+                cells["percent"] = "{:.1f} ± {:.1f}".format(*percents)
             lines.append(cells | passes | {"tokens/s": f"{summary['tokens_per_second']:.1f}"})
     rows = [lines[0].keys(), *(line.values() for line in lines)]
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -431,8 +418,8 @@ def report(args, samples: dict[str, list[Sample]], settings: dict[str, dict], ou
         task = TASKS[name]
         rows = merge(name, samples[name], out, args.allow_code_execution)
         for row in rows[: args.show_answers]:
-            verdicts = [f"{field}: {'yes' if value else 'NO'}" for field, value in row.items() if isinstance(value, bool)]
-            print(f"{row['prompt']}  ->  {row['response']}    [{', '.join(verdicts)}]")
+            verdicts = ", ".join(f"{field}: {row[field]}" for field in row if isinstance(row[field], bool))
+            print(f"{row['prompt']}  ->  {row['response']}    [{verdicts or 'not judged'}]")
         version = f" ({task.package} {importlib.metadata.version(task.package)})" if task.package else ""
         about = {"data": args.data[name], "judge": task.judge + version, "settings": settings[name]}
         summaries[name] = summarise(rows) | about
@@ -508,7 +495,7 @@ def main(argv=None) -> None:
     model, tokenizer = checkpoints.open_for_inference(checkpoint, device, args.bf16)
     prepared = {name: prepare(model, tokenizer, args, name, samples[name]) for name in samples}
     for name, (settings, generate) in prepared.items():
-        set_keys(samples[name], settings | {"checkpoint": fingerprint(checkpoint)})
+        set_keys(samples[name], settings, checkpoint)
         answer_samples(name, samples[name], generate, out, rank, world, args.batch_size)
     if world > 1:  # the only time that ranks talk to each other; one may be days behind
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
