@@ -370,7 +370,7 @@ def merge(name: str, samples: list[Sample], out: Path, may_run: bool = False) ->
 
 
 def summarise(rows: list[dict]) -> dict:
-    """Share of every verdict with its standard error sqrt(p (1 - p) / n); mean counts of passes; tokens of the responses
+    """Share of every verdict with its standard error sqrt(p (1 - p) / n); mean counts of passes; tokens of responses
     per second of generation, in one process."""
     summary = {"n": len(rows)}
     for verdict in dict.fromkeys(field for row in rows for field in row if isinstance(row[field], bool)):
