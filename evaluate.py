@@ -234,7 +234,11 @@ def load_samples(name: str, source: str, limit: int | None, seed: int, system: s
     if name in toy.SOURCES:
         records = toy.records("test", limit or toy.HELD_OUT, seed, repair=name == "toy-repair")
     else:
-        records = read_records(task, source)[:limit]
+        files = data.data_files(source)
+        held_out = [file for file in files if "test" in file.name] or files
+        records = [checked(task, *line) for file in held_out for line in data.read_file(file)][:limit]
+        if not records:
+            raise ValueError(f"{held_out[0]}: no record in it")
     system = task.system if system is None else system
     dialogue = [{"role": "system", "content": system}] if system else []
     samples = []
@@ -246,20 +250,14 @@ def load_samples(name: str, source: str, limit: int | None, seed: int, system: s
     return samples
 
 
-def read_records(task: Task, source: str) -> list[dict]:
-    files = data.data_files(source)
-    held_out = [file for file in files if "test" in file.name] or files
-    records = []
-    for place, record in (line for file in held_out for line in data.read_file(file)):
-        if isinstance(record, ValueError):
-            raise ValueError(f"{place}: {record}")
-        for field in task.fields:
-            if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                raise ValueError(f"{place}: needs text in field {field!r}; is this the right file for the task?")
-        records.append(record)
-    if not records:
-        raise ValueError(f"{held_out[0]}: no record in it")
-    return records
+def checked(task: Task, place: str, record) -> dict:
+    """The record, if it is one of this task."""
+    if isinstance(record, ValueError):
+        raise ValueError(f"{place}: {record}")
+    for field in task.fields:
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            raise ValueError(f"{place}: needs text in field {field!r}; is this the right file for the task?")
+    return record
 
 
 def set_keys(samples: list[Sample], settings: dict, checkpoint: Path) -> None:
@@ -421,7 +419,7 @@ def report(args, samples: dict[str, list[Sample]], settings: dict[str, dict], ou
             verdicts = ", ".join(f"{field}: {row[field]}" for field in row if isinstance(row[field], bool))
             print(f"{row['prompt']}  ->  {row['response']}    [{verdicts or 'not judged'}]")
         version = f" ({task.package} {importlib.metadata.version(task.package)})" if task.package else ""
-        about = {"data": args.data[name], "judge": task.judge + version, "settings": settings[name]}
+        about = {"data": args.data[name] or "built in", "judge": task.judge + version, "settings": settings[name]}
         summaries[name] = summarise(rows) | about
         if task.program and not args.allow_code_execution:
             notes.append(f"{name}: programs were written to {out} and not run; --allow_code_execution runs them")
@@ -460,22 +458,15 @@ def parse_args(argv=None):
     f.set_defaults(temperature=0.0, init_num=None)
     args = f.parse_args(argv)
     methods.check_sampling_flags(f, args)
-    args.data = where(f, args)
-    return args
-
-
-def where(f: cli.Flags, args) -> dict[str, str]:
-    """Where the data of each task is: what --data says, else a file in --data_dir, else the hub."""
     given = [item.partition("=")[::2] for item in args.data]
     for name, path in given:
         if not path or name not in args.task or name in toy.SOURCES:
             f.error(f"--data {name}={path}: expected TASK=PATH, for a task that --task names and that reads data")
     if len(dict(given)) < len(given):
         f.error("--data names a task twice; give a folder where there are several files")
-    found = {name: TASKS[name].hub or "built in" for name in args.task}
-    if args.data_dir:
-        found |= {name: os.path.join(args.data_dir, TASKS[name].file) for name in args.task if TASKS[name].file}
-    return found | dict(given)
+    inside = {n: os.path.join(args.data_dir, TASKS[n].file) for n in args.task if args.data_dir and TASKS[n].file}
+    args.data = {name: TASKS[name].hub for name in args.task} | inside | dict(given)
+    return args
 
 
 def main(argv=None) -> None:

@@ -48,33 +48,17 @@ def files(tmp_path) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------- finding answers
 
 
-@given(st.text(alphabet="\\boxed{}12 ", max_size=60))
-def test_boxed_agrees_with_a_character_by_character_reading(text):
-    assert evaluate.boxed(text) == boxed_by_hand(text)
+balanced = st.recursive(
+    st.text(alphabet="abx+-^_ 0123.,()[]", max_size=8) | st.sampled_from(["\\{", "\\}", "\\\\", "\\frac", "\\left\\{"]),
+    lambda inner: st.tuples(inner, inner).map(lambda p: p[0] + "{" + p[1] + "}") | st.tuples(inner, inner).map("".join),
+    max_leaves=12,
+)
 
 
-def boxed_by_hand(text: str) -> str | None:
-    found = None
-    for start in range(len(text)):
-        if not text.startswith("\\boxed", start):
-            continue
-        at = start + len("\\boxed")
-        while at < len(text) and text[at].isspace():
-            at += 1
-        if text[at : at + 1] != "{":
-            continue
-        depth, at = 1, at + 1
-        opened = at
-        while at < len(text):
-            if text[at] == "\\":
-                at += 2
-                continue
-            depth += (text[at] == "{") - (text[at] == "}")
-            if depth == 0:
-                found = text[opened:at].strip()
-                break
-            at += 1
-    return found
+@given(before=st.text(max_size=30), content=balanced, gap=st.sampled_from(["", " "]))
+def test_boxed_returns_what_was_put_in_the_last_box(before, content, gap):
+    text = f"{before}\\boxed{{7}} then {before}\\boxed{gap}{{{content}}} and {{"
+    assert evaluate.boxed(text) == content.strip()
 
 
 @pytest.mark.parametrize(
@@ -107,26 +91,16 @@ def test_final_number_without_a_mark(before, amount, way, after):
     assert evaluate.final_number(f"7 \\boxed{{{way.format(amount)}}} costs 3 more") == amount
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("", None),
-        ("no number", None),
-        ("5 then #### none", None),
-        ("10-3 = 7", 7),
-        ("10-3", 3),
-        ("it fell by -3", -3),
-        ("-$1,234.50", Decimal("-1234.50")),
-        ("(1,2)", 2),
-        ("1{,}000", 1000),
-        (".5", Decimal("0.5")),
-        ("so 1,000,000.", 1000000),
-        ("#### \\boxed{18}", 18),
-        ("#### 72.00", 72),
-    ],
-)
-def test_final_number_by_example(text, number):
-    assert evaluate.final_number(text) == number
+NUMBERS = {
+    "": None, "no number": None, "5 then #### none": None, "10-3 = 7": 7, "10-3": 3, "it fell by -3": -3,
+    "-$1,234.50": Decimal("-1234.50"), "(1,2)": 2, "1{,}000": 1000, ".5": Decimal("0.5"), "so 1,000,000.": 1000000,
+    "#### \\boxed{18}": 18, "#### 72.00": 72,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NUMBERS)
+def test_final_number_by_example(text):
+    assert evaluate.final_number(text) == NUMBERS[text]
 
 
 some_lines = st.sampled_from(["def f(x):", "    return x", "", "import re", "    print(x)", "y = '{'"])
@@ -343,11 +317,6 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path, line):
     path.write_text(path.read_text().replace("\n", f"\n{line}\n", 1))
     with pytest.raises(ValueError, match=r"gsm8k.rank0.jsonl:2: not a row"):
         evaluate.read_rows("gsm8k", tmp_path)
-
-
-def test_too_few_answers_are_an_error(tmp_path):
-    with pytest.raises(ValueError, match="zip"):
-        evaluate.answer_samples("gsm8k", numbered_samples(3), lambda samples: [], tmp_path)
 
 
 def test_code_is_judged_only_when_allowed_and_then_without_generating_again(tmp_path, files, monkeypatch):
