@@ -29,12 +29,13 @@ import torch
 from safetensors.torch import load_file
 
 import convert
-import data
 import evaluate
 import models
 import sample
+import toy
 import train
 from plumbing import cli, streaming
+from plumbing.tokenizer import train_tokenizer
 
 SECONDS = 20  # after which a command counts as hanging
 LONGEST = 1500  # characters of an error
@@ -90,15 +91,15 @@ MBPP = {"task_id": 2, "prompt": '"""\nNegate.\nassert neg(2) == -2\n"""\n', "tes
 
 def build_world(root: Path) -> None:
     """Everything that the commands read."""
-    toy = data.toy_tokenizer()
-    model = models.build("editflow", "tiny", toy.vocab_size, schedule="cubic", x0_sampler="masks[length:4]")
+    words = toy.tokenizer()
+    model = models.build("editflow", "tiny", words.vocab_size, schedule="cubic", x0_sampler="masks[length:4]")
     for name in ("flow", "shards", "bin", "bins", "words", "merges"):
         models.save(model, root / name)
-        toy.save(root / name)
-    medlm = models.build("medlm", "tiny", toy.vocab_size)
+        words.save(root / name)
+    medlm = models.build("medlm", "tiny", words.vocab_size)
     models.save(medlm, root / "medlm")
-    toy.save(root / "medlm")
-    chat = data.train_tokenizer([WORDS], 300)
+    words.save(root / "medlm")
+    chat = train_tokenizer([WORDS], 300)
     models.save(models.build("editflow", "tiny", chat.vocab_size, x0_sampler="empty"), root / "chat")
     chat.save(root / "chat")
 
@@ -113,10 +114,10 @@ def build_world(root: Path) -> None:
     for name in ("bin", "bins"):
         (root / name / "model.safetensors").unlink()
 
-    vocabulary = sorted(toy.backend.get_vocab(), key=toy.backend.token_to_id)
+    vocabulary = sorted(words.backend.get_vocab(), key=words.backend.token_to_id)
     for name in ("words", "merges"):
         (root / name / "tokenizer.json").unlink()
-    (root / "words/vocab.txt").write_text("".join(f"{token}\n" for token in [*vocabulary[:-1], "[UNK]"]))
+    (root / "words/vocab.txt").write_text("".join(f"{token}\n" for token in [*vocabulary[:-3], "[UNK]", "[CLS]", "[SEP]"]))
     letters = ["a", "b", "ab", *vocabulary[:20]]
     write_json(root / "merges/vocab.json", {token: i for i, token in enumerate(letters)})
     (root / "merges/merges.txt").write_text("#version: 0.2\na b\n")

@@ -15,7 +15,9 @@ import data
 import editflow
 import models
 import sample
+import toy
 from plumbing import cli
+from plumbing.tokenizer import train_tokenizer
 
 ROOT = Path(sample.__file__).parent
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -38,15 +40,15 @@ def save_checkpoint(directory, method, tokenizer, positions=64, **nanoedit):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """Both methods with the tokenizer of the toy task; one with a chat template, trained on the spot."""
-    root, toy = tmp_path_factory.mktemp("checkpoints"), data.toy_tokenizer()
-    chat = data.train_tokenizer(["Hello there. How are you?\n" * 20], 320)
+    root, words = tmp_path_factory.mktemp("checkpoints"), toy.tokenizer()
+    chat = train_tokenizer(["Hello there. How are you?\n" * 20], 320)
     assert chat.chat_template
     flow = {"schedule": "cubic", "x0_sampler": "masks[length:6]"}
     return {
-        "editflow": save_checkpoint(root / "editflow", "editflow", toy, **flow),
-        "medlm": save_checkpoint(root / "medlm", "medlm", toy),
+        "editflow": save_checkpoint(root / "editflow", "editflow", words, **flow),
+        "medlm": save_checkpoint(root / "medlm", "medlm", words),
         "chat": save_checkpoint(root / "chat", "editflow", chat, positions=256, **flow),
-        "draft": save_checkpoint(root / "draft", "editflow", toy, schedule="linear", x0_sampler="draft"),
+        "draft": save_checkpoint(root / "draft", "editflow", words, schedule="linear", x0_sampler="draft"),
     }
 
 
@@ -154,9 +156,9 @@ def test_tau_is_one_over_steps():
 def test_where_edit_flows_start(samples, monkeypatch):
     starts, step = [], editflow.sample
     monkeypatch.setattr(editflow, "sample", lambda *a, x0, **k: starts.append(x0) or step(*a, x0=x0, **k))
-    mask = data.toy_tokenizer().mask_id
-    toy = data.toy_tokenizer()
-    draft = [*toy.encode("That makes 8."), toy.eos_id]
+    mask = toy.tokenizer().mask_id
+    words = toy.tokenizer()
+    draft = [*words.encode("That makes 8."), words.eos_id]
     samples("editflow", "--prompt", PROMPT)
     samples("editflow", "--prompt", PROMPT, "--mask_length", 3)
     samples("editflow", "--prompt", PROMPT, "--x0_sampler", "empty")
@@ -295,7 +297,7 @@ def test_a_prompt_longer_than_the_positions(name, refused):
 
 def test_a_roberta_prompt_may_fill_the_positions_that_are_really_there(tmp_path, refused):
     """Two of its 20 positions are taken by the padding token's offset."""
-    tokenizer = data.toy_tokenizer()
+    tokenizer = toy.tokenizer()
     raw = SIZE | {"model_type": "roberta", "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 20,
                   "nanoedit": {"method": "medlm"}}  # fmt: skip
     models.save(models.MEDLMModel(models.complete_config(raw)), tmp_path)

@@ -18,8 +18,10 @@ import medlm
 import models
 import parallel
 import sample
+import toy
 import train
 from plumbing import checkpoints, cli
+from plumbing.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(train.__file__).parent
 TOY = "--dataset_args toy[train:48,test:6] --per_device_train_batch_size 8"
@@ -173,7 +175,7 @@ def test_steps_follow_from_epochs_and_groups(tmp_path):
 def test_every_example_once_an_epoch_in_another_order():
     args = train.parse_args(f"{TOY} {METHODS['editflow']} --output_dir x".split())
     records, held_out, _ = data.load_records(args.dataset_args, args.seed)
-    dataset = train.Data(args, data.toy_tokenizer(), records, held_out, parallel.Ranks())
+    dataset = train.Data(args, toy.tokenizer(), records, held_out, parallel.Ranks())
     stream = dataset.stream(0)
     epochs = [[tuple(e.prompt + e.response) for _ in range(6) for e in next(stream)] for _ in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1])
@@ -233,7 +235,7 @@ def test_one_record_without_a_draft_is_found_before_training_starts(tmp_path, re
 
 def test_uniform_starts_from_the_frequencies_of_the_responses(tmp_path):
     run("editflow", tmp_path, "--x0_sampler uniform[length:6] --max_steps 2")
-    model, tokenizer = models.load(tmp_path), data.load_tokenizer(tmp_path / "checkpoint-final")
+    model, tokenizer = models.load(tmp_path), load_tokenizer(tmp_path / "checkpoint-final")
     records, _, _ = data.load_records("toy[train:48,test:6]", 42)
     ids = [i for r in records for i in [*tokenizer.encode(r["response"]), tokenizer.eos_id]]
     expected = torch.bincount(torch.tensor(ids), minlength=tokenizer.vocab_size) / len(ids)
@@ -242,7 +244,7 @@ def test_uniform_starts_from_the_frequencies_of_the_responses(tmp_path):
 
 def test_a_model_with_more_rows_than_tokens_keeps_them(tmp_path):
     """Published embeddings are often rounded up."""
-    tokenizer = data.toy_tokenizer()
+    tokenizer = toy.tokenizer()
     model = models.build("editflow", "tiny", tokenizer.vocab_size + 7)
     models.save(model, tmp_path / "wide")
     tokenizer.save(tmp_path / "wide")
@@ -263,7 +265,7 @@ def corpus(tmp_path_factory):
 
 def test_a_text_brings_its_own_tokenizer(corpus, tmp_path):
     run("editflow", tmp_path, f"--dataset_args {corpus} --max_length 16 --vocab_size 320 --max_steps 2")
-    tokenizer = data.load_tokenizer(tmp_path / "checkpoint-final")
+    tokenizer = load_tokenizer(tmp_path / "checkpoint-final")
     assert 256 < models.load(tmp_path).config.vocab_size == tokenizer.vocab_size <= 320
     assert len(tokenizer.encode(" quick")) == 1, "trained on this text"
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
@@ -505,7 +507,7 @@ def test_flags_that_cannot_be(flags, said, tmp_path, refused):
 @pytest.fixture
 def toy_checkpoint(tmp_path):
     """An untrained Edit Flows model of the toy task."""
-    directory, tokenizer = tmp_path / "start", data.toy_tokenizer()
+    directory, tokenizer = tmp_path / "start", toy.tokenizer()
     models.save(models.build("editflow", "tiny", tokenizer.vocab_size), directory)
     tokenizer.save(directory)
     return directory
@@ -517,7 +519,7 @@ def test_checkpoints_that_do_not_fit(toy_checkpoint, tmp_path, refused):
         return refused(f"--method {method} --output_dir {tmp_path}/out --model_name_or_path {toy_checkpoint} {data}")
 
     assert "this is a checkpoint of method 'editflow', but 'medlm' is asked for" in with_model("medlm")
-    tokenizer = data.train_tokenizer([TEXT], 300)
+    tokenizer = train_tokenizer([TEXT], 300)
     tokenizer.save(toy_checkpoint)
     assert "300" in with_model("editflow"), "a tokenizer with more tokens than the model has rows"
     (toy_checkpoint / "tokenizer.json").unlink()
@@ -547,7 +549,7 @@ def test_time_conditioning_is_not_silently_ignored(toy_checkpoint, tmp_path, ref
 
 
 def test_sequences_beyond_absolute_positions_are_one_line(tmp_path, refused):
-    tokenizer = data.toy_tokenizer()
+    tokenizer = toy.tokenizer()
     raw = models.PRESETS["tiny"] | {
         "model_type": "bert", "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 20,
         "nanoedit": {"method": "editflow"},
