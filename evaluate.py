@@ -49,7 +49,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-import models
 import sample as sampler
 import toy
 from plumbing import checkpoints, cli, execution, methods
@@ -280,9 +279,8 @@ def prepare(model, tokenizer, args, name: str, samples: list[Sample]) -> tuple[d
     Raises ValueError for the first question that leaves no room for an answer: now, and not when its turn comes.
     """
     method, flags = methods.of(model), argparse.Namespace(**vars(args))
-    if getattr(flags, "init_num", 0) is None:
-        flags.init_num = TASKS[name].init_num
-    settings = method.sampling_settings(flags, model.config.nanoedit, tokenizer)
+    flags.init_num = args.init_num or TASKS[name].init_num
+    settings = methods.sampling_settings(method, flags, model, tokenizer)
 
     def encode(samples: list[Sample]) -> tuple[list, list | None]:
         prompts = [data.encode_prompt(s.messages, tokenizer) for s in samples]
@@ -300,7 +298,7 @@ def prepare(model, tokenizer, args, name: str, samples: list[Sample]) -> tuple[d
 
     names = [f"question {s.id}" for s in samples]
     prompts, drafts = encode(samples)
-    method.check_prompts(prompts, settings, models.max_positions(model.config), drafts, names=names)
+    methods.check_room(method, prompts, settings, drafts, names)
     return {"method": model.config.nanoedit["method"], "bf16": args.bf16} | vars(settings), generate
 
 
@@ -439,25 +437,22 @@ def report(args, samples: dict[str, list[Sample]], settings: dict[str, dict], ou
 
 def parse_args(argv=None):
     f = cli.Flags("Evaluate a checkpoint; answers, verdicts and a summary go to --output_dir.")
-    n, at_least_1 = cli.number, cli.number(int, low=1)
-    a = f.add_argument
-    a("--path", "-p", required=True, help="checkpoint directory or hub id")
-    a("--task", "-t", choices=TASKS, nargs="+", default=["gsm8k", "humaneval", "mbpp", "math500"], metavar="TASK",
-      help=f"of {', '.join(TASKS)}")
-    a("--data", nargs="+", default=[], metavar="TASK=PATH", help="file, folder or hub dataset of a task")
-    a("--data_dir", help="folder with " + ", ".join(t.file for t in TASKS.values() if t.file) + "; default: the hub")
-    a("--output_dir", default="evaluation", help="rows, merged rows, summary.json; a run found here is continued")
-    a("--limit", type=at_least_1, help="only the first samples of each task")
-    a("--system_prompt", type=cli.text, help='instead of that of the task; "" for none')
-    a("--seed", type=n(int, low=0), default=42, help="of everything random")
-    a("--batch_size", type=at_least_1, default=8, help="samples decoded together; changes the speed, not the answers")
-    a("--show_answers", type=n(int, low=0), default=0, help="print the first answers of each task with their verdicts")
+    f.choice("--path", "-p", required=True, help="checkpoint directory or hub id")
+    f.choice("--task", "-t", choices=TASKS, nargs="+", default=["gsm8k", "humaneval", "mbpp", "math500"], metavar="TASK",
+             help=f"of {', '.join(TASKS)}")
+    f.choice("--data", nargs="+", default=[], metavar="TASK=PATH", help="file, folder or hub dataset of a task")
+    f.choice("--data_dir", help="folder with " + ", ".join(t.file for t in TASKS.values() if t.file) + "; default: the hub")
+    f.choice("--output_dir", default="evaluation", help="rows, merged rows, summary.json; a run found here is continued")
+    f.integer("--limit", low=1, help="only the first samples of each task")
+    f.choice("--system_prompt", type=cli.text, help='instead of that of the task; "" for none')
+    f.integer("--seed", low=0, default=42, help="of everything random")
+    f.integer("--batch_size", low=1, default=8, help="samples decoded together; changes the speed, not the answers")
+    f.integer("--show_answers", low=0, default=0,
+              help="print the first answers of each task with their verdicts")
     f.flag("--bf16", default=torch.cuda.is_available(), help="weights in bfloat16")
     f.flag("--allow_code_execution", help="run the generated programs, which execution.py confines")
-    methods.add_sampling_flags(f)
-    f.set_defaults(temperature=0.0, init_num=None)
+    methods.sampling_flags(f, temperature=0.0)
     args = f.parse_args(argv)
-    methods.check_sampling_flags(f, args)
     given = [item.partition("=")[::2] for item in args.data]
     for name, path in given:
         if not path or name not in args.task or name in toy.SOURCES:
