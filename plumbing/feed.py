@@ -219,8 +219,10 @@ class Corpus:
                 if n > 0:
                     found, after = self.read_start(file, n, limit)
                     self.held_out += found
-                    n = n - len(found) if held_out or not found else 0
-                    self.begin |= {} if held_out else {file: after}
+                    n -= len(found)
+                    if not held_out:
+                        self.begin[file] = after
+                        n = 0 if found else n  # from one file, so that the others are read from their start
         self.total = sum(file.stat().st_size for file in self.files)
 
     def read_start(self, file, n: int, characters: float) -> tuple[list[dict], int]:

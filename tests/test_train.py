@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,13 +174,17 @@ def test_steps_follow_from_epochs_and_groups(tmp_path):
 def test_every_example_once_an_epoch_in_another_order():
     args = train.parse_args(f"{TOY} {METHODS['editflow']} --output_dir x".split())
     records, held_out, _ = data.load_records(args.dataset_args, args.seed)
-    dataset = train.Data(args, data.toy_tokenizer(), records, held_out, parallel.Ranks())
-    stream = dataset.stream(0)
-    epochs = [[tuple(e.prompt + e.response) for _ in range(6) for e in next(stream)] for _ in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1])
-    assert epochs[0] != epochs[1]
-    skipped = dataset.stream(9)
-    assert [tuple(e.prompt + e.response) for _ in range(3) for e in next(skipped)] == epochs[1][24:]
+    method = SimpleNamespace(PACKED=False)
+    dataset = train.MemoryFeed(args, method, {}, data.toy_tokenizer(), records, held_out, parallel.Ranks())
+
+    def taken(start, n):
+        dataset.begin(start, None)
+        return [tuple(e.prompt + e.response) for _ in range(n) for (batch,) in [dataset.take()] for e in batch]
+
+    first, second = taken(0, 6), taken(6, 6)
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert taken(9, 3) == second[24:]
 
 
 def test_continued_training_from_a_checkpoint_keeps_its_settings(tmp_path):
