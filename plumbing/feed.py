@@ -465,7 +465,7 @@ class StreamedFeed(Feed):
                     f"--dataset_args {corpus.spec}: not the files, the --seed or the held-out part that the checkpoint "
                     "was made with"
                 )
-            self.count, positions = stored["lanes"], stored["positions"]
+            self.count, positions = stored["lanes"], stored["positions"]  # the checkpoints' word for shards
             if self.count % world:
                 fitting = [str(n) for n in range(1, self.count + 1) if self.count % n == 0]
                 raise ValueError(f"this run has {self.count} shards: go on with {', '.join(fitting)} processes")
