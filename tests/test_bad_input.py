@@ -34,7 +34,7 @@ import models
 import sample
 import toy
 import train
-from plumbing import cli, streaming
+from plumbing import checkpoints, cli, streaming
 from plumbing.tokenizer import train_tokenizer
 
 SECONDS = 20  # after which a command counts as hanging
@@ -92,15 +92,15 @@ MBPP = {"task_id": 2, "prompt": '"""\nNegate.\nassert neg(2) == -2\n"""\n', "tes
 def build_world(root: Path) -> None:
     """Everything that the commands read."""
     words = toy.tokenizer()
-    model = models.build("editflow", "tiny", words.vocab_size, schedule="cubic", x0_sampler="masks[length:4]")
+    model = checkpoints.new_model("editflow", "tiny", words.vocab_size, schedule="cubic", x0_sampler="masks[length:4]")
     for name in ("flow", "shards", "bin", "bins", "words", "merges"):
-        models.save(model, root / name)
+        checkpoints.save(model, root / name)
         words.save(root / name)
-    medlm = models.build("medlm", "tiny", words.vocab_size)
-    models.save(medlm, root / "medlm")
+    medlm = checkpoints.new_model("medlm", "tiny", words.vocab_size)
+    checkpoints.save(medlm, root / "medlm")
     words.save(root / "medlm")
     chat = train_tokenizer([WORDS], 300)
-    models.save(models.build("editflow", "tiny", chat.vocab_size, x0_sampler="empty"), root / "chat")
+    checkpoints.save(checkpoints.new_model("editflow", "tiny", chat.vocab_size, x0_sampler="empty"), root / "chat")
     chat.save(root / "chat")
 
     part = "model-00001-of-00001.safetensors"
@@ -129,7 +129,7 @@ def build_world(root: Path) -> None:
     )  # fmt: skip
     (root / "spiece/tokenizer.vocab").unlink()
     write_json(root / "spiece/tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
-    models.save(models.build("editflow", "tiny", 320, x0_sampler="empty"), root / "spiece")
+    checkpoints.save(checkpoints.new_model("editflow", "tiny", 320, x0_sampler="empty"), root / "spiece")
 
     for name, text in formats().items():
         (root / name).write_bytes(text)

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import evaluate
-import models
 import toy
+from plumbing import checkpoints
 
 PROMPT = 'def double(x):\n    """Twice x.\n    >>> double(2)\n    4\n    """\n'
 RECORDS = {
@@ -497,7 +497,7 @@ def test_any_method_is_asked_in_the_same_way(monkeypatch, tmp_path):
     method = SimpleNamespace(sampling_settings=sampling_settings, check_prompts=check_prompts, generate=generate)
     monkeypatch.setattr(evaluate.methods, "of", lambda model: method)
     tokenizer = toy.tokenizer()
-    model = models.build("editflow", "tiny", tokenizer.vocab_size)
+    model = checkpoints.new_model("editflow", "tiny", tokenizer.vocab_size)
     args = evaluate.parse_args(["--path", "x", "--task", "toy", "--bf16", "False"])
     samples = evaluate.load_samples("toy", "", 3, 0, None)
     settings, answer = evaluate.prepare(model, tokenizer, args, "toy", samples)
@@ -511,7 +511,7 @@ def test_any_method_is_asked_in_the_same_way(monkeypatch, tmp_path):
 def test_real_models_of_both_methods(method, tmp_path, capsys):
     tokenizer = toy.tokenizer()
     options = {"schedule": "linear", "x0_sampler": "masks[length:4]"} if method == "editflow" else {}
-    models.save(models.build(method, "tiny", tokenizer.vocab_size, **options), str(tmp_path / "model"))
+    checkpoints.save(checkpoints.new_model(method, "tiny", tokenizer.vocab_size, **options), str(tmp_path / "model"))
     tokenizer.save(tmp_path / "model")
     flags = ["--path", str(tmp_path / "model"), "--task", "toy", "--limit", "2", "--output_dir", str(tmp_path / "out")]
     evaluate.main([*flags, "-m", "2", "-e", "2", "--init_num", "4", "--tau", "0.5", "--show_answers", "1"])
@@ -530,9 +530,9 @@ def test_real_models_of_both_methods(method, tmp_path, capsys):
 
 def test_repairs_start_from_the_corrupted_responses_and_both_are_judged(tmp_path):
     tokenizer = toy.tokenizer()
-    model = models.build("editflow", "tiny", tokenizer.vocab_size, schedule="linear", x0_sampler="draft")
+    model = checkpoints.new_model("editflow", "tiny", tokenizer.vocab_size, schedule="linear", x0_sampler="draft")
     torch.nn.init.constant_(model.rate_heads[0].bias, -60.0)  # nothing is edited
-    models.save(model, tmp_path / "model")
+    checkpoints.save(model, tmp_path / "model")
     tokenizer.save(tmp_path / "model")
     flags = ["--path", str(tmp_path / "model"), "--task", "toy-repair", "--limit", "20", "--steps", "2"]
     evaluate.main([*flags, "--output_dir", str(tmp_path / "out")])

@@ -102,7 +102,7 @@ def exchanges(rank, directory, mode, micro_batches):
     torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
     ranks = parallel.Ranks.__new__(parallel.Ranks)
     ranks.rank, ranks.world, ranks.device = rank, 2, torch.device("cpu")
-    module = parallel.LossModule(models.build("editflow", "tiny", 50))
+    module = parallel.LossModule(checkpoints.new_model("editflow", "tiny", 50))
     call = parallel.distribute(module, mode, ranks)
 
     def loss(model):

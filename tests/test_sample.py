@@ -16,7 +16,7 @@ import editflow
 import models
 import sample
 import toy
-from plumbing import cli
+from plumbing import checkpoints, cli
 from plumbing.tokenizer import train_tokenizer
 
 ROOT = Path(sample.__file__).parent
@@ -29,10 +29,10 @@ def save_checkpoint(directory, method, tokenizer, positions=64, **nanoedit):
     """Untrained, with rates high enough that a few steps write something."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.PRESETS, "test", SIZE | {"max_position_embeddings": positions})
-        model = models.build(method, "test", tokenizer.vocab_size, **nanoedit)
+        model = checkpoints.new_model(method, "test", tokenizer.vocab_size, **nanoedit)
     if method == "editflow":
         torch.nn.init.constant_(model.rate_heads[0].bias, 0.5)
-    models.save(model, directory)
+    checkpoints.save(model, directory)
     tokenizer.save(directory)
     return directory
 
@@ -147,7 +147,7 @@ def test_text_ends_before_end_of_message():
 
 
 def test_tau_is_one_over_steps():
-    flow = models.build("editflow", "tiny", 9)
+    flow = checkpoints.new_model("editflow", "tiny", 9)
     for flags, expected in (("", 100), ("--tau 0.25", 4), ("--tau 1", 1), ("--steps 7", 7)):
         args = sample.parse_args(["--model_name_or_path", "x", *flags.split()])
         assert sample.passes(flow, args) == expected
@@ -300,7 +300,7 @@ def test_a_roberta_prompt_may_fill_the_positions_that_are_really_there(tmp_path,
     tokenizer = toy.tokenizer()
     raw = SIZE | {"model_type": "roberta", "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 20,
                   "nanoedit": {"method": "medlm"}}  # fmt: skip
-    models.save(models.MEDLMModel(models.complete_config(raw)), tmp_path)
+    checkpoints.save(models.MEDLMModel(checkpoints.complete_config(raw)), tmp_path)
     tokenizer.save(tmp_path)
     prompt = len(data.encode_prompt([user(PROMPT)], tokenizer))
     sample.main(["--model_name_or_path", str(tmp_path), "--prompt", PROMPT, "--init_num", str(18 - prompt), "-e", "0"])
@@ -333,7 +333,7 @@ def test_files_that_are_not_there_or_broken(refused, tmp_path):
 
 
 def test_a_checkpoint_without_tokenizer(tmp_path, checkpoints, refused):
-    models.save(models.load(checkpoints["editflow"]), tmp_path)
+    checkpoints.save(checkpoints.load(checkpoints["editflow"]), tmp_path)
     assert f"no tokenizer in {tmp_path}" in refused(tmp_path)
 
 

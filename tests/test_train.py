@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,13 +176,17 @@ def test_steps_follow_from_epochs_and_groups(tmp_path):
 def test_every_example_once_an_epoch_in_another_order():
     args = train.parse_args(f"{TOY} {METHODS['editflow']} --output_dir x".split())
     records, held_out, _ = data.load_records(args.dataset_args, args.seed)
-    dataset = train.Data(args, toy.tokenizer(), records, held_out, parallel.Ranks())
-    stream = dataset.stream(0)
-    epochs = [[tuple(e.prompt + e.response) for _ in range(6) for e in next(stream)] for _ in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1])
-    assert epochs[0] != epochs[1]
-    skipped = dataset.stream(9)
-    assert [tuple(e.prompt + e.response) for _ in range(3) for e in next(skipped)] == epochs[1][24:]
+    method = SimpleNamespace(PACKED=False)
+    dataset = feed.MemoryFeed(args, method, {}, toy.tokenizer(), records, held_out, parallel.Ranks())
+
+    def taken(start, n):
+        dataset.begin(start, None)
+        return [tuple(e.prompt + e.response) for _ in range(n) for (batch,) in [dataset.take()] for e in batch]
+
+    first, second = taken(0, 6), taken(6, 6)
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert taken(9, 3) == second[24:]
 
 
 def test_continued_training_from_a_checkpoint_keeps_its_settings(tmp_path):
@@ -189,7 +194,7 @@ def test_continued_training_from_a_checkpoint_keeps_its_settings(tmp_path):
     run("editflow", first, "--max_steps 1 --schedule linear --x0_sampler masks[length:5] --time_conditioned")
     flags = f"--method editflow --model_name_or_path {first} --output_dir {second} --max_steps 1"
     train.main(f"{TOY} {QUICK} {flags}".split())
-    settings = models.load(second).config.nanoedit
+    settings = checkpoints.load(second).config.nanoedit
     assert settings["schedule"] == "linear"
     assert settings["x0_sampler"] == "masks[length:5]"
     assert settings["time_conditioned"] is True
@@ -213,7 +218,7 @@ def test_copy_head_starts_the_second_head_as_the_first(tmp_path, monkeypatch):
 
 def test_drafts_are_where_training_starts(tmp_path):
     run("editflow", tmp_path, "--dataset_args toy-repair[train:48,test:6] --x0_sampler draft --max_steps 3")
-    assert models.load(tmp_path).config.nanoedit["x0_sampler"] == "draft"
+    assert checkpoints.load(tmp_path).config.nanoedit["x0_sampler"] == "draft"
     flags = f"--model_name_or_path {tmp_path} --output {tmp_path}/repaired.jsonl --steps 4"
     sample.main([*flags.split(), "--prompt", "Ann has 3 apples, gets 4:", "--draft", "That makes 8."])
     assert isinstance(json.loads((tmp_path / "repaired.jsonl").read_text())["response"], str)
@@ -235,7 +240,7 @@ def test_one_record_without_a_draft_is_found_before_training_starts(tmp_path, re
 
 def test_uniform_starts_from_the_frequencies_of_the_responses(tmp_path):
     run("editflow", tmp_path, "--x0_sampler uniform[length:6] --max_steps 2")
-    model, tokenizer = models.load(tmp_path), load_tokenizer(tmp_path / "checkpoint-final")
+    model, tokenizer = checkpoints.load(tmp_path), load_tokenizer(tmp_path / "checkpoint-final")
     records, _, _ = data.load_records("toy[train:48,test:6]", 42)
     ids = [i for r in records for i in [*tokenizer.encode(r["response"]), tokenizer.eos_id]]
     expected = torch.bincount(torch.tensor(ids), minlength=tokenizer.vocab_size) / len(ids)
@@ -245,12 +250,12 @@ def test_uniform_starts_from_the_frequencies_of_the_responses(tmp_path):
 def test_a_model_with_more_rows_than_tokens_keeps_them(tmp_path):
     """Published embeddings are often rounded up."""
     tokenizer = toy.tokenizer()
-    model = models.build("editflow", "tiny", tokenizer.vocab_size + 7)
-    models.save(model, tmp_path / "wide")
+    model = checkpoints.new_model("editflow", "tiny", tokenizer.vocab_size + 7)
+    checkpoints.save(model, tmp_path / "wide")
     tokenizer.save(tmp_path / "wide")
     out = tmp_path / "out"
     run("editflow", out, f"--model_name_or_path {tmp_path}/wide --x0_sampler uniform[length:6] --max_steps 1")
-    assert models.load(out).unigram.shape == (tokenizer.vocab_size + 7,)
+    assert checkpoints.load(out).unigram.shape == (tokenizer.vocab_size + 7,)
 
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 60
@@ -266,7 +271,7 @@ def corpus(tmp_path_factory):
 def test_a_text_brings_its_own_tokenizer(corpus, tmp_path):
     run("editflow", tmp_path, f"--dataset_args {corpus} --max_length 16 --vocab_size 320 --max_steps 2")
     tokenizer = load_tokenizer(tmp_path / "checkpoint-final")
-    assert 256 < models.load(tmp_path).config.vocab_size == tokenizer.vocab_size <= 320
+    assert 256 < checkpoints.load(tmp_path).config.vocab_size == tokenizer.vocab_size <= 320
     assert len(tokenizer.encode(" quick")) == 1, "trained on this text"
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
 
@@ -275,7 +280,7 @@ def test_a_file_called_toys_is_not_the_toy_task(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "toys.txt").write_text(TEXT)
     run("editflow", tmp_path / "out", "--dataset_args toys.txt --max_length 16 --vocab_size 300 --max_steps 1")
-    assert models.load(tmp_path / "out").config.vocab_size == 300
+    assert checkpoints.load(tmp_path / "out").config.vocab_size == 300
 
 
 # ---------------------------------------------------------------------------------------------------- stop, go on
@@ -361,7 +366,7 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_whole(where, tmp_path, mo
     with pytest.raises(OSError, match=f"{tmp_path}/checkpoint-4: cannot be saved .*the same command goes on"):
         run("editflow", tmp_path, flags)
     assert [c.name for c in checkpoints.checkpoints(tmp_path)] == ["checkpoint-2"]
-    models.load(tmp_path)
+    checkpoints.load(tmp_path)
     run("editflow", tmp_path, flags)
     assert [c.name for c in checkpoints.checkpoints(tmp_path)] == ["checkpoint-final"]
     assert not list(tmp_path.glob(".writing*"))
@@ -441,7 +446,7 @@ def test_ctrl_c_and_errors_as_the_shell_sees_them(tmp_path):
     assert "Traceback" not in err
     (saved,) = checkpoints.checkpoints(out)
     assert f"saved in {saved}" in err
-    assert models.load(out).config.nanoedit["method"] == "editflow"
+    assert checkpoints.load(out).config.nanoedit["method"] == "editflow"
 
     _, err = bad.communicate(timeout=120)
     assert bad.returncode == 2
@@ -508,7 +513,7 @@ def test_flags_that_cannot_be(flags, said, tmp_path, refused):
 def toy_checkpoint(tmp_path):
     """An untrained Edit Flows model of the toy task."""
     directory, tokenizer = tmp_path / "start", toy.tokenizer()
-    models.save(models.build("editflow", "tiny", tokenizer.vocab_size), directory)
+    checkpoints.save(checkpoints.new_model("editflow", "tiny", tokenizer.vocab_size), directory)
     tokenizer.save(directory)
     return directory
 
@@ -554,7 +559,7 @@ def test_sequences_beyond_absolute_positions_are_one_line(tmp_path, refused):
         "model_type": "bert", "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 20,
         "nanoedit": {"method": "editflow"},
     }  # fmt: skip
-    models.save(models.EditFlowModel(models.complete_config(raw)), tmp_path / "bert")
+    checkpoints.save(models.EditFlowModel(checkpoints.complete_config(raw)), tmp_path / "bert")
     tokenizer.save(tmp_path / "bert")
     flags = f"--model_name_or_path {tmp_path}/bert --output_dir {tmp_path}/out --max_steps 2"
     line = refused(f"--method editflow --x0_sampler masks[length:16] --dataset_args toy[train:48,test:6] {flags}")
