@@ -169,28 +169,36 @@ def command_line(monkeypatch, capsys):
 
 
 @pytest.fixture
-def refused(command_line):
+def refused(command_line, tmp_path):
     """Runs main() of a script with flags that must fail; what it says, in one line, without the script's name.
 
-    With exit status 2 nothing else is said: nothing has been read. Before status 1 there may be lines of progress.
+    status: 1 or 2, if one of the two is promised. named: what the line must contain. Nothing else is said before an
+    exit status of 2, because nothing has been read. No file of the test is written, changed or removed.
     """
 
-    def start(main, flags, statuses=(1, 2)):
-        status, err = command_line(main, flags)
-        assert status in statuses, err
+    def contents():
+        return {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    def start(main, flags, status=None, *named):
+        before = contents()
+        found, err = command_line(main, flags)
+        assert found in ([status] if status else [1, 2]), err
         assert "Traceback" not in err
-        *before, last = err.strip().splitlines()
-        assert status == 1 or not before, err
+        *progress, last = err.strip().splitlines()
+        assert found == 1 or not progress, err
         assert last.startswith("script.py: error: "), err
         assert len(last) < 1500
+        assert all(name in last for name in named), last
+        assert contents() == before
         return last.removeprefix("script.py: error: ")
 
     return start
 
 
 @pytest.fixture
-def offline(monkeypatch):
-    """There is no hub, and nobody waits for it."""
+def offline(tmp_path, monkeypatch):
+    """There is no hub, nobody waits for it, and the current folder is empty."""
+    monkeypatch.chdir(tmp_path)
 
     def hub(name, **options):
         raise ConnectionError("no route to the hub")

@@ -5,12 +5,12 @@
 
 A case is a command that works and what spoils it: flags that are appended, or a file that is damaged. What follows a
 rule (wrong values from the parsers; damages times files times scripts) is made by rule, and some of each group are run,
-the same in every run: `BAD_INPUT=99 pytest tests/test_bad_input.py` runs all of them. `test_commands_work` runs the
-commands unspoiled, so that a case fails for its own reason.
+the same in every run; BAD_INPUT=99 in the environment runs all of them.
 """
 
 import functools
 import gzip
+import itertools
 import json
 import os
 import random
@@ -31,12 +31,12 @@ import train
 SCRIPTS = {"train": train, "sample": sample, "convert": convert, "evaluate": evaluate}
 SEED, EACH = 2026, int(os.environ.get("BAD_INPUT", 1))
 pytestmark = pytest.mark.usefixtures("offline")
+each = functools.partial(pytest.mark.parametrize, "case", ids=str)
 
 # ------------------------------------------------------------------------------------------------------- commands
 
-TOY = "--dataset_args toy[train:8,test:2]"
 BARE = {  # the least that a script asks for
-    "train": f"--method editflow --output_dir out --max_steps 1 --eval_strategy no --vocab_size 300 {TOY}",
+    "train": "--method editflow --output_dir out --max_steps 1 --eval_strategy no --dataset_args toy[train:8,test:2]",
     "sample": "--model_name_or_path flow --init_num 4",
     "convert": "--to editflow -i flow -o out",
     "evaluate": "--path flow --task toy --limit 2 --output_dir evaluation",
@@ -49,10 +49,9 @@ MODELS = {  # a command is called by its script and what it reads; the last valu
 }
 COMMANDS = {f"{script} {name}": f"{flag} {name}" for script, (flag, names) in MODELS.items() for name in names.split()}
 COMMANDS |= {
-    "train toy": "",
     "train run": "--max_steps 2 --output_dir run",
-    "train records": "--max_length 64",
-    "train stream": "--max_length 64 --streaming",
+    "train records": "--max_length 64 --vocab_size 300",
+    "train stream": "--max_length 64 --vocab_size 300 --streaming",
     "sample records": "",
     "train adapted": "--max_steps 2 --output_dir adapted --lora --model_name_or_path flow",
     "convert flow": "",
@@ -63,11 +62,9 @@ COMMANDS |= {
     "evaluate mbpp.jsonl": "--task mbpp --data mbpp=mbpp.jsonl",
 }
 READERS = {  # commands that read a file of records, and the flag that names it
-    "train records": "--dataset_args {}",
-    "train stream": "--dataset_args {}",
-    "sample records": "--prompt_file {}",
-    "evaluate records": "--data gsm8k={}",
-}
+    "train records": "--dataset_args=", "train stream": "--dataset_args=", "sample records": "--prompt_file=",
+    "evaluate records": "--data=gsm8k=",
+}  # fmt: skip
 RECORDS = [{"question": f"How much is {i} and 1?", "answer": f"That makes {i + 1}. #### {i + 1}"} for i in range(6)]
 HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f):\n    f()\n"}
 MBPP = {"task_id": 2, "prompt": '"""\nNegate.\nassert neg(2) == -2\n"""\n', "test_list": [], "test_imports": []}
@@ -96,7 +93,7 @@ def original(tmp_path_factory):
 
 
 @pytest.fixture
-def world(original, tmp_path, monkeypatch):
+def world(original, tmp_path):
     """Copies what a command names, to be spoiled, into the current folder; and `flow`, on which the adapters stand."""
 
     def copy(flags):
@@ -104,7 +101,6 @@ def world(original, tmp_path, monkeypatch):
         for source in (path for path in original.iterdir() if path.name in named):
             (shutil.copytree if source.is_dir() else shutil.copy2)(source, tmp_path / source.name)
 
-    monkeypatch.chdir(tmp_path)
     return copy
 
 
@@ -124,70 +120,39 @@ class Case(NamedTuple):
         return ascii(" ".join([self.command, *self.flags, self.file, self.how[-60:].strip()]))[1:100]
 
 
-def some(n: int, cases) -> list:
+def some(n: int, cases: list) -> list:
     """n of them, the same in every run; and more where the environment says so."""
-    cases = list(cases)
     return random.Random(f"{SEED} {cases[0]}").sample(cases, min(n * EACH, len(cases)))
-
-
-def each(cases):
-    return pytest.mark.parametrize("case", cases, ids=str)
-
-
-@pytest.fixture
-def spoiled(refused, tmp_path, monkeypatch):
-    """The command ends with this status and one line that names the cause; no file is written, changed or removed."""
-    monkeypatch.chdir(tmp_path)
-
-    def contents():
-        return {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
-
-    def check(main, flags, status: int, named) -> None:
-        before = contents()
-        line = refused(main, flags, (status,))
-        assert all(name in line for name in named), line
-        assert contents() == before
-
-    return check
 
 
 # ------------------------------------------------------------------------------------------------------- flags
 
-IMPOSSIBLE = {  # what is named is the first word
-    "train": [
-        "--preset huge", "--schedule quartic", "--schedule cubic[a:-9]", "--schedule cubic[a]",
-        "--schedule linear[a:1]", "--schedule cubic[a:nan]", "--x0_sampler noise", "--x0_sampler masks[size:3]",
-        "--x0_sampler masks[length:1.5]", "--x0_sampler masks[length:-1]", "--x0_sampler masks[length:1e300]",
-        "--x0_sampler uniform[length:99999999999]", "--dataset_args toy[", "--dataset_args toy[trian:5]",
-        "--dataset_args 'toy + + toy'", "--dataset_args toy[train:5,train:6]", "--dataset_args toy[train:-5]",
-        "--adam_beta2 1", "--max_length 1", "--vocab_size 4000000000", "--mask_diffusion_pred_per_step 2 0",
-        "surplus", "--methid x", "--lora", "--load_in_4bit",
-        "--streaming --eval_strategy epoch",
-    ],
-    "sample": [
-        "--x0_sampler noise", "--x0_sampler masks[size:3]", "--x0_sampler masks[length:1e300]", "--x0_sampler draft",
-        "--prompt fine \udcff", "--draft \ud800", "--tau 5e-324", "--tau 1.0000001",
-    ],
-    "convert": ["--x0_sampler noise", "--schedule quartic", "--schedule cubic[a:-9]"],
-    "evaluate": [
-        "--x0_sampler uniform[length:x]", "--task toy sudoku", "--data toy", "--data toy=", "--data =x",
-        "--data sudoku=x", "--data gsm8k=x", "--data toy=x", "--data gsm8k=a gsm8k=b --task gsm8k", "--tau 1e-320",
-    ],
-}  # fmt: skip
+IMPOSSIBLE = [  # what is named is the first flag
+    "train --preset huge", "train --schedule quartic", "train --schedule cubic[a:-9]", "train --schedule cubic[a]",
+    "train --schedule linear[a:nan]", "train --x0_sampler noise", "train --x0_sampler masks[size:3]",
+    "train --x0_sampler masks[length:1.5]", "train --x0_sampler masks[length:1e300]", "train --max_length 1",
+    "train --dataset_args toy[", "train --dataset_args toy[trian:5]", "train --dataset_args 'toy + + toy'",
+    "train --dataset_args toy[train:5,train:6]", "train --adam_beta2 1", "train --vocab_size 4000000000",
+    "train --mask_diffusion_pred_per_step 2 0", "train surplus", "train --methid x", "train --load_in_4bit",
+    "train --lora", "train --streaming --eval_strategy epoch", "sample --x0_sampler noise",
+    "sample --x0_sampler uniform[length:99999999999]", "sample --x0_sampler draft", "sample --prompt fine \udcff",
+    "sample --draft \ud800", "sample --tau 5e-324", "sample --tau 1.0000001", "convert --x0_sampler noise",
+    "convert --schedule quartic", "evaluate --x0_sampler uniform[length:x]", "evaluate --task toy sudoku",
+    "evaluate --data toy", "evaluate --data toy=", "evaluate --data =x", "evaluate --data sudoku=x",
+    "evaluate --data gsm8k=x", "evaluate --data gsm8k=a gsm8k=b --task gsm8k", "evaluate --tau 1e-320",
+]  # fmt: skip
 NEEDED = [  # what is left out, and what is added
     "train --method", "train --output_dir", "train --max_steps --streaming", "sample --model_name_or_path",
     "convert --to", "convert -i", "convert -o", "evaluate --path",
 ]  # fmt: skip
 CONTRADICTIONS = [  # flags that are fine without each other
-    "train --min_t 0.6 | --max_t 0.5", "train --min_t 0.5 | --max_t 0.5",
-    "train --intermediate_min_t 0.6 | --intermediate_max_t 0.5", "train --pad_len 300 | --max_length 200",
-    "train --max_t 1e-9 | --method medlm", "train --insert_eos False | --intermediate_ratio 1 --pad_len 8",
-    "sample --tau 0.1 | --steps 3", "sample --mask_length 0 | --x0_sampler empty",
-    "sample --prompt a | --prompt_file b", "sample --interactive | --prompt a", "sample --interactive | --output a",
-    "sample --interactive | --prompt_file a", "sample --interactive | --draft a", "sample --interactive | --make_gif",
-    "sample --interactive | --num_samples 2", "sample --interactive | --make_html a",
-    "sample --draft a | --mask_length 3", "sample --draft a | --x0_sampler empty",
-    "sample --output a | --prompt_file a", "sample --output a | --make_gif ./a", "sample --make_gif a | --make_html a",
+    "train --min_t 0.5 | --max_t 0.5", "train --intermediate_min_t 0.6 | --intermediate_max_t 0.5",
+    "train --pad_len 300 | --max_length 200", "train --max_t 1e-9 | --method medlm",
+    "train --insert_eos False | --intermediate_ratio 1 --pad_len 8", "sample --tau 0.1 | --steps 3",
+    "sample --mask_length 0 | --x0_sampler empty", "sample --prompt a | --prompt_file b",
+    "sample --interactive | --prompt a", "sample --interactive | --prompt_file a", "sample --interactive | --draft a",
+    "sample --interactive | --output a", "sample --interactive | --num_samples 2", "sample --interactive | --make_gif",
+    "sample --draft a | --mask_length 3", "sample --output a | --prompt_file a", "sample --output a | --make_gif ./a",
     "convert --schedule linear | --to hf", "convert --x0_sampler empty | --to medlm",
     "convert --time_conditioned | --to bidirectional", "evaluate --tau 0.1 | --steps 3",
     "evaluate --mask_length 3 | --x0_sampler empty",
@@ -202,29 +167,29 @@ def wrong_flags():
             yield from some(1, [Case(script, (flag,), (f"{flag}={value}",)) for value in wrong_values(action)])
         yield from some(3, [Case(script, (flag[:-1] + "_",), (flag[:-1] + "_",)) for flag in flags])
         yield from some(3, [Case(script, (f,), (f,)) for f, action in flags.items() if action.nargs in (None, "+")])
-        yield from [Case(script, (row.split()[0],), tuple(shlex.split(row))) for row in IMPOSSIBLE[script]]
+    yield from [Case(script, (flag,), (flag, *more)) for script, flag, *more in map(shlex.split, IMPOSSIBLE)]
 
 
 @each([*wrong_flags()])
-def test_flags_that_cannot_be(case, spoiled):
-    spoiled(SCRIPTS[case.command].main, [*BARE[case.command].split(), *case.flags], 2, case.named)
+def test_flags_that_cannot_be(case, refused):
+    refused(SCRIPTS[case.command].main, [*BARE[case.command].split(), *case.flags], 2, *case.named)
 
 
 @each(NEEDED)
-def test_flags_that_are_lacking(case, spoiled):
+def test_flags_that_are_lacking(case, refused):
     script, flag, *more = case.split()
     before, after = BARE[script].split(flag + " ")
-    spoiled(SCRIPTS[script].main, [*before.split(), *after.split()[1:], *more], 2, (flag,))
+    refused(SCRIPTS[script].main, [*before.split(), *after.split()[1:], *more], 2, flag)
 
 
 @each(CONTRADICTIONS)
-def test_flags_that_contradict_each_other(case, spoiled):
+def test_flags_that_contradict_each_other(case, refused):
     name, *flags = case.split()
     bare, at = BARE[name].split(), flags.index("|")
     for alone in (flags[:at], flags[at + 1 :]):
         SCRIPTS[name].parse_args([*bare, *alone])
     flags.pop(at)
-    spoiled(SCRIPTS[name].main, [*bare, *flags], 2, flags[:1])
+    refused(SCRIPTS[name].main, [*bare, *flags], 2, flags[0])
 
 
 # ------------------------------------------------------------------------------------------------------- files
@@ -252,6 +217,8 @@ DAMAGES = {  # what a file holds then, and the kinds of file for which this is a
     "gzip of binary": (lambda raw: gzip.compress(bytes(range(256)) * 9), "gz"),
     "gzip broken inside": (lambda raw: raw[: len(raw) // 2] + b"\0\0\0" + raw[len(raw) // 2 + 3 :], "gz"),
 }
+KINDS = DAMAGES["a folder"][1].split()
+WAYS = {f".{kind}": [how for how, (_, kinds) in DAMAGES.items() if kind in kinds.split()] for kind in KINDS}
 ALL, FINAL, ADAPTED = "train sample convert evaluate", "run/checkpoint-final", "adapted/checkpoint-final"
 CHECKPOINTS = {  # scripts -> files that they read. Those with a ? need not be there.
     ALL: "flow/config.json flow/tokenizer.json? flow/model.safetensors shards/model.safetensors.index.json "
@@ -308,48 +275,36 @@ FIELDS = [  # (file, scripts that read it, fields, values that none of these can
     (INDEX, ALL, "weight_map", [5, "x", None, [], {"a": 5}, {"a": None}, {"a": ["b"]}], INDEX),
     (INDEX, ALL, "weight_map", [{"a": "nowhere"}, {}], "shards"),
     (f"{FINAL}/train_state.json", "train", "step args", ["x", None, []], "train_state.json"),
-    ("evaluation/toy.rank0.jsonl", "evaluate", "response prompt right valid mask_passes edit_passes", [{}, []]),
-    ("evaluation/toy.rank0.jsonl", "evaluate", "tokens seconds", ["x", None]),
+    ("evaluation/toy.rank0.jsonl", "evaluate", "response prompt right valid tokens seconds mask_passes", [{}, []]),
     ("humaneval.jsonl", "evaluate", "prompt test entry_point", [5, None, [], "\ud800"]),
-    ("mbpp.jsonl", "evaluate", "test_list test_imports", [5, "x", {"a": 1}, [5], ["\ud800"]]),
-    ("mbpp.jsonl", "evaluate", "draft", [5, []]),
+    ("mbpp.jsonl", "evaluate", "test_list test_imports draft", [5, {"a": 1}, [5], ["\ud800"]]),
 ]  # fmt: skip
 PLACES = [  # command: flags that name something else -> what is named, if not the last word
     *(f"{script} flow: {flag.split()[-1]} {name}" for script, (flag, _) in MODELS.items()
       for name in ("nowhere", "./a/b", "data.jsonl", "owner/name", "empty", "evaluation")),
-    *(f"{script} flow: --output_dir {name}" for script in ("train", "convert", "evaluate")
-      for name in ("data.jsonl", "data.jsonl/a/b")),
+    *(f"{script} flow: --output_dir data.jsonl{below}" for script in ("train", "convert", "evaluate")
+      for below in ("", "/a/b")),
+    *(f"train records: --dataset_args {name}" for name in (
+        "nowhere", "owner/name", "empty", "flow/model.safetensors", "'data.txt + nowhere' -> nowhere",
+        "toy[train:0] -> nothing", "data.jsonl[train:99] -> train:99", "data.jsonl --text_field nowhere")),
+    *(f"train stream: --dataset_args {name}" for name in (
+        "data.json", "toy", "empty", "nowhere.jsonl", "http://localhost:1/a.jsonl", "data.jsonl[train:3] -> train:3",
+        "'data.jsonl + data.parquet + nowhere' -> nowhere")),
+    *(f"evaluate records: --data gsm8k={name} -> {name}" for name in (
+        "nowhere.jsonl", "empty", "data.txt", "flow/model.safetensors")),
+    *(f"evaluate records: --data_dir {name}" for name in ("nowhere", "empty", "data.jsonl")),
+    *(f"sample records: --prompt_file {name}" for name in ("nowhere", "flow", "flow/model.safetensors")),
     *(f"sample flow: {flag} {name}" for flag in ("--output", "--make_gif", "--make_html")
       for name in ("flow", "data.jsonl/a")),
-    "convert flow: -o flow",
-    "train records: --dataset_args nowhere", "train records: --dataset_args a/b.jsonl",
-    "train records: --dataset_args owner/name", "train records: --dataset_args empty",
-    "train records: --dataset_args 'data.txt + nowhere' -> nowhere",
-    "train records: --dataset_args flow/model.safetensors",
-    "train records: --dataset_args toy[train:0] -> nothing to train on",
-    "train records: --dataset_args data.jsonl[train:99] -> train:99",
-    "train records: --dataset_args data.jsonl --text_field nowhere",
-    "train stream: --dataset_args data.json", "train stream: --dataset_args toy",
-    "train stream: --dataset_args data.jsonl[train:3] -> train:3", "train stream: --dataset_args empty",
-    "train stream: --dataset_args nowhere.jsonl", "train stream: --dataset_args http://localhost:1/a.jsonl",
-    "train stream: --dataset_args 'data.jsonl + data.parquet + nowhere' -> nowhere",
-    "sample records: --prompt_file nowhere", "sample records: --prompt_file flow",
-    "sample records: --prompt_file flow/model.safetensors",
-    "evaluate records: --data_dir nowhere -> nowhere/gsm8k", "evaluate records: --data_dir data.jsonl",
-    "evaluate records: --data_dir empty", "evaluate records: --data gsm8k=nowhere.jsonl -> nowhere.jsonl",
-    "evaluate records: --data gsm8k=empty -> empty", "evaluate records: --data gsm8k=data.txt -> data.txt:1",
-    "evaluate records: --data gsm8k=flow/model.safetensors -> flow/model.safetensors",
     "train flow: --method medlm -> 'editflow'", "train run: --method medlm -> 'editflow'",
     "train flow: --time_conditioned", "train flow: --x0_sampler draft", "train adapted: --lora False -> --lora",
     "train run: --model_name_or_path flow --lora", "train flow: --max_length 4000000",
-    "train flow: --output_dir flow --overwrite_output_dir",
-    f"sample flow: --prompt '{'Ann ' * 5000}' -> positions", "sample flow: --mask_length 1000000 -> positions",
-    "sample flow: --x0_sampler masks[length:1e6] -> positions", "sample medlm: --init_num 4000000000 -> positions",
+    "train flow: --output_dir flow --overwrite_output_dir", "sample flow: --mask_length 1000000 -> positions",
+    f"sample flow: --prompt '{'Ann ' * 5000}' -> positions", "sample medlm: --init_num 4000000000 -> positions",
     "sample flow: --x0_sampler uniform[length:4] -> uniform", "sample medlm: --draft Ann -> --draft",
-    "convert flow: --merge_lora", "convert adapted: --merge_lora False -> --merge_lora",
+    "convert flow: --merge_lora", "convert adapted: --merge_lora False -> --merge_lora", "convert flow: -o flow",
     "convert flow: --revision v2 -i owner/name", "evaluate flow: --x0_sampler uniform",
-    "evaluate flow: --x0_sampler draft",
-    "evaluate flow: --mask_length 1000000 -> positions", "evaluate medlm: --init_num 4000000000 -> positions",
+    "evaluate flow: --x0_sampler draft", "evaluate medlm: --init_num 4000000000 -> positions",
     f"evaluate flow: --system_prompt '{'Ann ' * 5000}' -> positions",
 ]  # fmt: skip
 
@@ -370,18 +325,15 @@ def spoil(file: Path, how: str) -> None:
         file.write_text(how)
 
 
-def ways(file: str) -> list[str]:
-    return [how for how, (_, kinds) in DAMAGES.items() if file.rsplit(".")[-1] in kinds.split()]
-
-
 def damaged_checkpoints():
     for scripts, files in CHECKPOINTS.items():
-        for script, file in ((script, file) for script in scripts.split() for file in files.split()):
-            file, folder, command = file.rstrip("?"), file.split("/")[0], f"{script} {file.split('/')[0]}"
-            cases = [Case(command, (folder if how == "a folder" else file,), (), file, how) for how in ways(file)]
-            yield from some(2, cases)
-            if file + "?" not in files:
-                yield Case(command, (folder,), (), file, "missing")
+        for script, entry in itertools.product(scripts.split(), files.split()):
+            file, folder = entry.rstrip("?"), entry.split("/")[0]
+            named = {"a folder": folder}  # in which the file is looked for
+            ways = WAYS[Path(file).suffix]
+            yield from some(2, [Case(f"{script} {folder}", (named.get(how, file),), (), file, how) for how in ways])
+            if file == entry:
+                yield Case(f"{script} {folder}", (folder,), (), file, "missing")
 
 
 def damaged_records():
@@ -391,13 +343,12 @@ def damaged_records():
             if (command, kind) in (("evaluate records", "txt"), ("train stream", "json")):
                 continue  # no task is read from plain text, and JSON in one piece is not streamed
             for file in (f"data.{kind}", f"data.{kind}.gz"):
-                flags = tuple(flag.format(file).split())
-                yield from some(1, [Case(command, (file,), flags, file, how) for how in [*ways(file), "missing"]])
-        flags = tuple(flag.format("data.jsonl").split())
+                ways = [*WAYS[Path(file).suffix], "missing"]
+                yield from some(1, [Case(command, (file,), (flag + file,), file, how) for how in ways])
         named = ("data.jsonl", f"byte {len(first) + 1}" if command == "train stream" else "data.jsonl:2")
-        texts = ["\n".join([first, line, *more]) for line in BETWEEN]
-        yield from some(4, [Case(command, named, flags, "data.jsonl", text) for text in texts])
-    flags = ("--dataset_args", "data.jsonl")
+        texts = ("\n".join([first, line, *more]) for line in BETWEEN)
+        yield from some(4, [Case(command, named, (f"{flag}data.jsonl",), "data.jsonl", text) for text in texts])
+    flags = ("--dataset_args=data.jsonl",)
     yield from some(8, [Case("train records", ("data.jsonl:1",), flags, "data.jsonl", line) for line in ALONE])
 
 
@@ -405,31 +356,30 @@ def wrong_fields():
     for file, scripts, fields, values, *other in FIELDS:
         for field in fields.split():
             named = tuple(other) or (file.split("/")[-1], field.split(".")[-1])
-            commands = [f"{script} {file.split('/')[0]}" for script in scripts.split()]
-            changes = [f"{field} = {json.dumps(value)}" for value in values]
-            yield from some(2, [Case(command, named, (), file, how) for command in commands for how in changes])
+            rows = itertools.product(scripts.split(), [f"{field} = {json.dumps(value)}" for value in values])
+            yield from some(2, [Case(f"{script} {file.split('/')[0]}", named, (), file, how) for script, how in rows])
 
 
 def wrong_places():
     for row in PLACES:
         command, flags, named = re.fullmatch("(.*?): (.*?)(?: -> (.*))?", row).groups()
-        flags = shlex.split(flags)
-        yield Case(command, (named or flags[-1],), tuple(flags))
+        yield Case(command, (named or flags.split()[-1],), tuple(shlex.split(flags)))
 
 
 FILES = [*damaged_checkpoints(), *damaged_records(), *wrong_fields(), *wrong_places()]
 
 
 @each(FILES)
-def test_files_that_cannot_be(case, spoiled, world):
+def test_files_that_cannot_be(case, refused, world):
     main, flags = command_of(case.command, case.flags)
     world([*flags, case.file])
     Path("empty").mkdir()
     if case.file:
         spoil(Path(case.file), case.how)
-    spoiled(main, flags, 1, case.named)
+    refused(main, flags, 1, *case.named)
 
 
+# the same commands unspoiled, so that a case fails for its own reason
 UNSPOILED = {(command, ()) for command in COMMANDS if command not in READERS}
 UNSPOILED |= {(case.command, case.flags) for case in FILES if case.file}
 
@@ -444,8 +394,7 @@ def test_commands_work(command, flags, command_line, world):
 
 @pytest.mark.parametrize("text", ["x", " ", "x1", "\u4e2d"])
 def test_a_huge_line_is_no_reason_to_hang(text, command_line, world):
-    main, flags = command_of("train records", ("--dataset_args", "data.txt"))
-    world(flags)
+    world(["data.txt"])
     Path("data.txt").write_text(f"one\n{text * 200_000}\ntwo", encoding="utf-8")
-    status, err = command_line(main, flags)
+    status, err = command_line(*command_of("train records", ("--dataset_args", "data.txt")))
     assert status == 0, err
