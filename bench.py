@@ -36,8 +36,10 @@ import editflow
 import medlm
 import models
 import plan
+import toy
 from edit_distance import edit_scripts
 from plumbing import cli, streaming
+from plumbing.tokenizer import train_tokenizer
 from ragged import Ragged
 
 
@@ -345,9 +347,9 @@ def bench_decode(args):
 def bench_rollout(args):
     """A stage-3 training step on the toy task: the share of its time outside the model's forwards and backward."""
     torch.set_num_threads(args.threads)
-    tokenizer = data.toy_tokenizer()
+    tokenizer = toy.tokenizer()
     model = models.build("medlm", args.preset, tokenizer.vocab_size)
-    records = data.toy_records("train", args.batch * 10, args.seed)
+    records = toy.records("train", args.batch * 10, args.seed)
     encoded = data.encode(records, tokenizer, max_length=64).examples
     examples = [data.pad_response(e, 24, tokenizer.pad_id) for e in encoded]
     tokens, inside = medlm.special_tokens(tokenizer), []
@@ -375,7 +377,7 @@ def bench_rollout(args):
 def bench_packing(args):
     """How full the packed rows are, on a dataset of your own."""
     records, _, reports = data.load_records(args.data)
-    tokenizer = data.train_tokenizer(data.texts(records), 4096)
+    tokenizer = train_tokenizer(data.texts(records), 4096)
     examples = data.encode(records, tokenizer, max_length=args.max_length).examples
     fill = sorted(sum(map(len, row)) / args.max_length for row in data.pack(examples, args.max_length))
     print(*reports, sep="\n")

@@ -1,4 +1,4 @@
-"""From files to batches: dataset specs, file readers, record forms, examples, packing, and the built-in toy task.
+"""From files to batches: dataset specs, file readers, record forms, examples, packing.
 
     "alpaca.jsonl[test:500] + more/"     spec      load_records: what to train on, what to hold out
     one object per line, row, ...        reader    read_file: an iterator of (place, record)
@@ -18,7 +18,6 @@ Every error about the content of a file is one line that begins with the file an
 
 import csv
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -33,7 +32,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from plumbing.tokenizer import MOST_TOKENS, Tokenizer, load_tokenizer, train_tokenizer, word_tokenizer  # noqa: F401 (for importers)
+import toy
+from plumbing.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------------
 # Specs: name[train:5000,test:500] + other
@@ -389,7 +389,7 @@ class SourceReport:
 
 def is_toy(spec: str) -> bool:
     """Whether a spec names nothing but the toy task, which brings its own tokenizer."""
-    return all(source.name in TOY_SOURCES for source in parse_spec(spec))
+    return all(source.name in toy.SOURCES for source in parse_spec(spec))
 
 
 def load_records(
@@ -414,7 +414,7 @@ def load_records(
     train, test, reports = [], [], []
     for source in parse_spec(spec):
         report = SourceReport(source.name, form or "")
-        if source.name in TOY_SOURCES:
+        if source.name in toy.SOURCES:
             parts = _toy_source(source, seed, report)
         else:
             parts = _load_files(source, seed, report, text_field, skip_bad_records)
@@ -424,6 +424,14 @@ def load_records(
         test += _join(parts[1]) if text else parts[1]
         reports.append(report)
     return train, test, reports
+
+
+def _toy_source(source: Source, seed: int, report: SourceReport) -> tuple[list, list]:
+    report.form = source.name
+    repair = source.name == "toy-repair"
+    train = 20_000 if source.train is None else source.train
+    test = toy.HELD_OUT if source.test is None else source.test
+    return toy.records("train", train, seed, repair), toy.records("test", test, seed, repair)
 
 
 def _load_files(source: Source, seed: int, report: SourceReport, text_field, skip: bool) -> tuple[list, list]:
@@ -721,135 +729,3 @@ def batches(items: list, batch_size: int, seed: int, epoch: int) -> Iterator[lis
     order = np.random.default_rng([seed, epoch]).permutation(len(items))
     for at in range(0, len(order), batch_size):
         yield [items[i] for i in order[at : at + batch_size]]
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# The toy task: arithmetic word problems whose answers vary in phrasing, order and length and can still be checked.
-#
-#     Ann has 3 apples, gets 4:      ->      Start with 3, add 4, get 7. So Ann has 7 apples. #### 7
-#
-# 8 tokens of prompt (with bos), 6 to 22 of response, 18 right responses to every prompt. A model that decides about
-# several positions at once mixes the phrasings up; editing can put that right.
-
-TOY_PROMPT = "{name} has {a} apples, {verb} {b}:"
-TOY_NAMES = ("Ann", "Ben", "Cora", "Dan", "Eva", "Finn", "Gil", "Hana")
-TOY_STEPS = {
-    "gets": (
-        "{a} + {b} = {c}.",
-        "{c} = {b} + {a}.",
-        "That makes {c}.",
-        "{a} and {b} more make {c}.",
-        "Adding {b} to {a} gives {c}.",
-        "Start with {a}, add {b}, get {c}.",
-    ),
-    "loses": (
-        "{a} - {b} = {c}.",
-        "{c} + {b} = {a}.",
-        "That leaves {c}.",
-        "{a} less {b} makes {c}.",
-        "Taking {b} from {a} leaves {c}.",
-        "Start with {a}, take {b}, get {c}.",
-    ),
-}
-TOY_ENDINGS = ("#### {c}", "The answer is {c}. #### {c}", "So now {name} has {c} apples. #### {c}")
-TOY_HELD_OUT = 304  # of 1008 prompts
-TOY_SOURCES = ("toy", "toy-repair")
-
-
-def toy_prompts(split: str) -> list[str]:
-    """The prompts to train on ("train") or those held out ("test"), always the same, in an order that means nothing."""
-    prompts = [
-        TOY_PROMPT.format(name=name, a=a, verb=verb, b=b)
-        for name in TOY_NAMES
-        for verb in TOY_STEPS
-        for a in range(1, 10)
-        for b in range(1, 10)
-        if verb == "gets" or b <= a
-    ]
-    prompts.sort(key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
-    return {"test": prompts[:TOY_HELD_OUT], "train": prompts[TOY_HELD_OUT:]}[split]
-
-
-def _toy_parse(prompt: str) -> dict:
-    match = re.fullmatch(r"\s*(\w+) has (\d) apples, (gets|loses) (\d):\s*", prompt)
-    if not match:
-        raise ValueError(f"not a prompt of the toy task: {prompt!r}; one is 'Ann has 3 apples, gets 4:'")
-    name, a, verb, b = match.groups()
-    return {"name": name, "verb": verb, "a": int(a), "b": int(b), "c": int(a) + (int(b) if verb == "gets" else -int(b))}
-
-
-def _toy_templates(verb: str) -> list[str]:
-    return [f"{step} {ending}" for step in TOY_STEPS[verb] for ending in TOY_ENDINGS]
-
-
-def toy_valid_responses(prompt: str) -> set[str]:
-    """The 18 right responses."""
-    problem = _toy_parse(prompt)
-    return {template.format(**problem) for template in _toy_templates(problem["verb"])}
-
-
-def toy_check(prompt: str, response: str) -> tuple[bool, bool]:
-    """(the number after #### is right, the whole response is one of the right ones)"""
-    answer = re.search(r".*####\s*(\d+)", response, re.DOTALL)
-    right = bool(answer) and int(answer[1]) == _toy_parse(prompt)["c"]
-    return right, " ".join(response.split()) in toy_valid_responses(prompt)
-
-
-def toy_records(split: str, n: int, seed: int, repair: bool = False) -> list[dict]:
-    """n records: prompts of the split in random order (all different while there are enough), random right responses.
-
-    repair  adds a draft, the response with something wrong in it: in one record of four every mention of the result is
-            the same wrong number, in the others 1 to 4 words are replaced, inserted or deleted.
-    """
-    rng = np.random.default_rng([seed, split == "test", repair])
-    prompts = toy_prompts(split)
-    records = []
-    for i in range(n):
-        if i % len(prompts) == 0:
-            order = rng.permutation(len(prompts))
-        prompt = prompts[order[i % len(prompts)]]
-        problem = _toy_parse(prompt)
-        template = str(rng.choice(_toy_templates(problem["verb"])))
-        response = template.format(**problem)
-        draft = _toy_draft(template, problem, rng) if repair else None
-        records.append({"messages": _question(prompt), "response": response, "draft": draft})
-    return records
-
-
-def _toy_draft(template: str, problem: dict, rng: np.random.Generator) -> str:
-    if rng.random() < 0.25:
-        wrong = (problem["c"] + int(rng.integers(1, 19))) % 19
-        return template.format(**problem | {"c": wrong})
-    words = toy_words(template.format(**problem))
-    for _ in range(rng.integers(1, 5)):
-        at, kind = int(rng.integers(len(words))), rng.choice(["replace", "insert", "delete"])
-        new = [] if kind == "delete" else [str(rng.choice(TOY_VOCABULARY))]
-        words[at : at + (kind != "insert")] = new
-    return toy_text(words)
-
-
-def toy_words(text: str) -> list[str]:
-    """The words as the toy tokenizer sees them: digits and marks are words of their own ("apples," is one)."""
-    return re.findall(r"\d|[.:,]|[^\s\d.:,]+,?", text)
-
-
-def toy_text(words: list[str]) -> str:
-    """The words as the toy tokenizer writes them."""
-    return re.sub(r" (?=[.:])|(?<=\d) (?=[\d,])", "", " ".join(words))
-
-
-_TOY_TEXT = " ".join([TOY_PROMPT, *TOY_STEPS["gets"], *TOY_STEPS["loses"], *TOY_ENDINGS])
-TOY_VOCABULARY = sorted({*"0123456789", *TOY_NAMES, *TOY_STEPS, *toy_words(re.sub(r"\{\w+\}", " ", _TOY_TEXT))})
-
-
-def toy_tokenizer() -> Tokenizer:
-    """One token per word and digit of the toy task: 50 or so."""
-    return word_tokenizer(TOY_VOCABULARY)
-
-
-def _toy_source(source: Source, seed: int, report: SourceReport) -> tuple[list, list]:
-    report.form = source.name
-    repair = source.name == "toy-repair"
-    train = 20_000 if source.train is None else source.train
-    test = TOY_HELD_OUT if source.test is None else source.test
-    return toy_records("train", train, seed, repair), toy_records("test", test, seed, repair)

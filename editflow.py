@@ -28,22 +28,22 @@ Loss per sequence, a Bregman divergence between the true and the modelled rates,
 with i over the tokens of x_t and e over the remaining edits. Many edits share one lambda (a whole run is inserted to
 the right of one token), so lambda learns their number and Q the distribution of their tokens.
 
-Read in this order: schedules, sources, `path` (x_t and what remains), `loss`, `sample`.
+Read in this order: schedules, sources, `Model` (the heads), `path` (x_t and what remains), `loss`, `sample`. What
+train.py and sample.py ask of a method stands at the end.
 """
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from edit_distance import edit_scripts
-from models import max_positions, weighted_nll
-from ragged import DEL, GAP, INS, KEEP, SUB, Ragged, apply_edits, uniform_noise
+from edit_distance import align_batch
+from ragged import DEL, GAP, KEEP, SUB, Generated, Ragged, apply_edits, stratified, uniform_noise, weighted_nll
 
 EPSILON = 1e-3  # t ~ U[0, 1 - EPSILON]: at t = 1 nothing remains and w(t) is infinite
 MAX_W = 20.0  # w(t) is clipped here, so that no single late t dominates a batch
@@ -68,7 +68,8 @@ class Schedule(NamedTuple):
         return min(1.0, (then - now) / max(1 - now, 1e-12))
 
 
-def schedule(spec: str) -> Schedule:
+@cache
+def parse_schedule(spec: str) -> Schedule:
     """linear | cosine | cubic (t^3, the paper's choice) | cubic[a:A,b:B], with kappa(0) = 0 and kappa(1) = 1:
     (a + 1) t^3 - (a + b + 1) t^2 + (b + 1) t. Raises ValueError for other names and where kappa would fall.
     """
@@ -129,7 +130,8 @@ class Source(NamedTuple):
         return draft
 
 
-def source(spec: str) -> Source:
+@cache
+def parse_source(spec: str) -> Source:
     """empty | masks[length:64] | uniform[length:100] | draft. Raises ValueError for anything else."""
     known = {"empty": (), "masks": ("length",), "uniform": ("length",), "draft": ()}
     kind, arguments = parse_spec(spec, known, "x0_sampler")
@@ -137,6 +139,59 @@ def source(spec: str) -> Source:
     if not 0 <= length <= 10**6 or length != int(length):
         raise ValueError(f"x0_sampler {spec!r}: length must be a whole number of tokens, at least 0, at most 1000000")
     return Source(kind, int(length))
+
+
+# ---------------------------------------------------------------------------------------------------- heads
+
+TIME_FEATURES = 128
+
+
+class Model(nn.Module):
+    """The heads of Edit Flows over a backbone, a module that turns a ragged batch into hidden states [T, D].
+
+    rate_heads  D -> 3, softplus   normalised rates; columns: substitute, delete, insert (to the right)
+    sub_logits  D -> V             what a substituted token becomes
+    ins_logits  D -> V             what an insertion inserts
+
+    stored: what a checkpoint remembers. With "time_conditioned" an embedding of t is added to the input embeddings, and
+    the backbone is called as backbone(x, extra [T, D]). With the source `uniform`, `unigram` [V] holds the token
+    frequencies of the training data.
+    """
+
+    def __init__(self, backbone: nn.Module, D: int, V: int, bias: bool = False, stored: dict | None = None):
+        super().__init__()
+        stored = stored or {}
+        self.model = backbone
+        self.rate_heads = nn.Sequential(nn.Linear(D, 3), nn.Softplus())
+        self.sub_logits = nn.Linear(D, V, bias=bias)
+        self.ins_logits = nn.Linear(D, V, bias=bias)
+        self.depends_on_t = bool(stored.get("time_conditioned"))
+        if self.depends_on_t:
+            self.time_embed = nn.Sequential(nn.Linear(TIME_FEATURES, D), nn.SiLU(), nn.Linear(D, D))
+        if str(stored.get("x0_sampler")).startswith("uniform"):
+            self.register_buffer("unigram", torch.ones(V) / V)
+
+    def init_heads(self, generator: torch.Generator) -> None:
+        """What no pretrained checkpoint has: small rates to begin with, and a time embedding that adds nothing."""
+        nn.init.normal_(self.rate_heads[0].weight, std=0.02, generator=generator)
+        nn.init.constant_(self.rate_heads[0].bias, -2.0)  # softplus(-2) = 0.13 edits per token
+        if self.depends_on_t:
+            first, _, last = self.time_embed
+            nn.init.normal_(first.weight, std=TIME_FEATURES**-0.5, generator=generator)
+            for zero in (first.bias, last.weight, last.bias):
+                nn.init.zeros_(zero)
+
+    def forward(self, x: Ragged, t: Tensor | None = None) -> Tensor:
+        """Hidden states [T, D]. t float [B] is read by time-conditioned models only."""
+        if not self.depends_on_t:
+            return self.model(x)
+        return self.model(x, self.time_embed(time_features(t))[x.batch])
+
+
+def time_features(t: Tensor) -> Tensor:
+    """Sinusoids of t in [0, 1] at 64 frequencies from 1 to 1000 rad: [B] -> [B, 128]."""
+    freq = torch.logspace(0, 3, TIME_FEATURES // 2, device=t.device)
+    return torch.cat([(t[:, None] * freq).cos(), (t[:, None] * freq).sin()], dim=1).float()
 
 
 # ---------------------------------------------------------------------------------------------------- path
@@ -148,8 +203,9 @@ class PathBatch:
 
     x          Ragged        prompts followed by half-edited responses
     t          float [B]
+    w          float [B]     w(t), the rate at which a remaining edit fires
+    norm       float [B]     by which a text's loss is divided: |x1|, response tokens only, or 1
     prompt_len int64 [B]
-    target_len int64 [B]     |x1|, response tokens only
     ins_row, ins_token       int64 [N_ins]  insert the token to the right of the row (several may share a row)
     sub_row, sub_token       int64 [N_sub]
     del_row                  int64 [N_del]
@@ -157,8 +213,9 @@ class PathBatch:
 
     x: Ragged
     t: Tensor
+    w: Tensor
+    norm: Tensor
     prompt_len: Tensor
-    target_len: Tensor
     ins_row: Tensor
     ins_token: Tensor
     sub_row: Tensor
@@ -166,29 +223,26 @@ class PathBatch:
     del_row: Tensor
 
     def to(self, device) -> "PathBatch":
-        return PathBatch(*(v.to(device) for v in vars(self).values()))
+        return PathBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def path(prompts: list, x0: list, x1: list, t: Tensor, kappa, generator: torch.Generator) -> PathBatch:
+def path(
+    prompts: list, x0: list, x1: list, t: Tensor, schedule: Schedule, generator: torch.Generator, *,
+    normalize: bool = True, max_w: float = MAX_W,
+) -> PathBatch:  # fmt: skip
     """Draw x_t given (x0, x1) for every sequence: align, flip each column with probability kappa(t), drop the gaps.
 
-    prompts, x0, x1: lists of B token lists. Only the responses are aligned: aligning prompt + response as one text can
-    place an insertion inside the prompt, where sampling then forbids it. The prompt's last token anchors insertions
-    in front of the response, so prompts must not be empty (ValueError).
+    prompts, x0, x1: lists of B token lists; t: float [B]. normalize: `norm` is |x1|, at least 1; else it is 1.
+    Prompt and response are aligned as one text. The canonical script keeps equal tokens in front whatever follows, so a
+    prompt is a run of kept columns, and x_t comes out with its prompt in place. Its last token anchors insertions in
+    front of the response, so prompts must not be empty (ValueError).
     """
     if not all(prompts):
         raise ValueError("every prompt needs at least one token (BOS): it anchors what is inserted in front")
-    scripts = edit_scripts(x0, x1)
-    # a prompt is a run of KEEP columns, so that x_t comes out with its prompt in place
-    parts = [part for p, s in zip(prompts, scripts) for part in (np.full(len(p), KEEP, np.uint8), s)]
-    op = torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, dtype=torch.uint8)  # [columns]
-    z0, z1 = torch.full((2, len(op)), GAP, dtype=torch.int64)
-    z0[op != INS] = flat(p + s for p, s in zip(map(list, prompts), map(list, x0)))
-    z1[op != DEL] = flat(p + s for p, s in zip(map(list, prompts), map(list, x1)))
-
-    columns = torch.tensor([len(p) + len(s) for p, s in zip(prompts, scripts)])
+    texts = ([[*p, *s] for p, s in zip(prompts, side)] for side in (x0, x1))
+    z0, z1, columns = map(torch.from_numpy, align_batch(*texts))  # all columns of the batch in one row
     batch = torch.arange(len(prompts)).repeat_interleave(columns)
-    flipped = torch.rand(len(op), generator=generator) < kappa(t.double())[batch]
+    flipped = torch.rand(len(z0), generator=generator) < schedule.kappa(t.double())[batch]
     zt = torch.where(flipped, z1, z0)
 
     here = zt != GAP
@@ -196,11 +250,13 @@ def path(prompts: list, x0: list, x1: list, t: Tensor, kappa, generator: torch.G
     insert, delete = ~here & (z1 != GAP), here & (z1 == GAP)
     substitute = here & (z1 != GAP) & (zt != z1)
     lengths = torch.zeros(len(prompts), dtype=torch.int64).index_add_(0, batch, here.long())
+    target_len = torch.tensor([max(1, len(s)) for s in x1], dtype=torch.float32)
     return PathBatch(
         x=Ragged.from_lengths(zt[here], lengths),
         t=t.float(),
+        w=schedule.weight(t.float(), max_w),
+        norm=target_len if normalize else torch.ones_like(target_len),
         prompt_len=torch.tensor([len(p) for p in prompts]),
-        target_len=torch.tensor([len(s) for s in x1]),
         ins_row=row[insert],
         ins_token=z1[insert],
         sub_row=row[substitute],
@@ -209,51 +265,40 @@ def path(prompts: list, x0: list, x1: list, t: Tensor, kappa, generator: torch.G
     )
 
 
-def flat(lists) -> Tensor:
-    return torch.tensor([token for tokens in lists for token in tokens], dtype=torch.int64)
-
-
-def draw_t(n: int, generator: torch.Generator) -> Tensor:
-    """n times in [0, 1 - EPSILON], one in each n-th part: uniform, with less variance than independent draws."""
-    order = torch.randperm(n, generator=generator)
-    return (order + torch.rand(n, generator=generator)) / n * (1 - EPSILON)
-
-
 # ---------------------------------------------------------------------------------------------------- loss
 
+SUBSTITUTE, DELETE, INSERT = 0, 1, 2  # columns of the rates
 
-def loss(model, batch: PathBatch, kappa: Schedule, *, normalize=True, max_w=MAX_W) -> tuple[Tensor, dict[str, Tensor]]:
+
+def loss(model, batch: PathBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """The Edit Flows loss (formula in the header), averaged over the batch.
 
-    normalize: divide each sequence's loss by |x1|, at least 1. Returns (scalar, parts of it for logging, detached).
-    Of the vocabulary heads only rows with a remaining insertion (substitution) are computed, each once.
+    Returns (scalar, parts of it for logging, detached). Of the vocabulary heads only rows with a remaining insertion
+    (substitution) are computed, each once.
     """
-    x = batch.x
-    hidden = model(x, batch.t)
-    B = max(len(x), 1)
-    weight = kappa.weight(batch.t, max_w) / B  # [B]
-    weight = (weight / batch.target_len.clamp_min(1) if normalize else weight)[x.batch]  # [T]
+    x, sub, dele, ins = batch.x, batch.sub_row, batch.del_row, batch.ins_row
+    h = model(x, batch.t)
+    raw = model.rate_heads[0](h).float()  # [T, 3] before the softplus
+    w = (batch.w / batch.norm / max(len(x), 1))[x.batch]  # [T]
 
-    raw = model.rate_heads[0](hidden).float()  # [T, 3] before the softplus
-    can_edit, can_insert = editable(x, batch.prompt_len)
-    allowed = torch.stack([can_edit, can_edit, can_insert], dim=1)
-    rate = (F.softplus(raw) * allowed * weight[:, None]).sum()
+    sum_lambda = (F.softplus(raw) * editable(x, batch.prompt_len)).sum(1)  # [T]
+    log_lambda = log_softplus(raw)
+    nll_sub = weighted_nll(h, model.sub_logits, sub, batch.sub_token, w[sub])
+    nll_ins = weighted_nll(h, model.ins_logits, ins, batch.ins_token, w[ins])
 
-    log_rate = log_softplus(raw)
-    edits = ((batch.sub_row, 0), (batch.del_row, 1), (batch.ins_row, 2))
-    timing = -sum((weight[row] * log_rate[row, column]).sum() for row, column in edits)
-    sub = weighted_nll(hidden, model.sub_logits, batch.sub_row, batch.sub_token, weight[batch.sub_row])
-    ins = weighted_nll(hidden, model.ins_logits, batch.ins_row, batch.ins_token, weight[batch.ins_row])
-    total = rate + timing + sub + ins
-    parts = {"loss": total, "loss_rate": rate + timing, "loss_sub": sub, "loss_ins": ins}
+    rate = (w * sum_lambda).sum()
+    for row, kind in ((sub, SUBSTITUTE), (dele, DELETE), (ins, INSERT)):
+        rate = rate - (w[row] * log_lambda[row, kind]).sum()
+    total = rate + nll_sub + nll_ins
+    parts = {"loss": total, "loss_rate": rate, "loss_sub": nll_sub, "loss_ins": nll_ins}
     return total, {name: value.detach() for name, value in parts.items()}
 
 
-def editable(x: Ragged, prompt_len: Tensor) -> tuple[Tensor, Tensor]:
-    """bool [T] twice: tokens that may be substituted or deleted (the response), tokens that may get a new right
-    neighbour (the response and the last prompt token)."""
+def editable(x: Ragged, prompt_len: Tensor) -> Tensor:
+    """bool [T, 3], a column per rate: response tokens may be substituted or deleted; they, and the last prompt token,
+    may get a new right neighbour."""
     offset = x.positions - prompt_len[x.batch]
-    return offset >= 0, offset >= -1
+    return torch.stack([offset >= 0, offset >= 0, offset >= -1], dim=1)
 
 
 def log_softplus(raw: Tensor) -> Tensor:
@@ -264,29 +309,12 @@ def log_softplus(raw: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- sampling
 
 
-@dataclass
-class Sampled:
-    """response: token ids without the prompt. edits: how many substitutions, deletions and insertions were made.
-    left_over: insertions that the model still expected at the end; well above 0 means too few steps."""
-
-    response: list[int]
-    edits: tuple[int, int, int]
-    left_over: float
-
-
 @torch.no_grad()
 def sample(
-    model,
-    prompts: list[list[int]],
-    *,
-    x0: list[list[int]],
-    steps: int = 100,
-    seeds: list[int] | None = None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    on_step=None,
-) -> list[Sampled]:
+    model, prompts: list, x0: list, *, schedule: Schedule, steps: int = 100, seeds: list[int] | None = None,
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+    eos_id: int | None = None, max_length: int | None = None, on_step=None,
+) -> list[Generated]:  # fmt: skip
     """Run the chain from t = 0 to 1 in `steps` equal steps (tau-leaping, tau = 1 / steps), prompts in one batch.
 
     From t to t + tau a remaining edit fires with probability q = (kappa(t + tau) - kappa(t)) / (1 - kappa(t)),
@@ -294,91 +322,89 @@ def sample(
     probability q lambda_ins, each at most 1. For small tau this is the Euler step; in the last one q = 1, and every
     expected edit is made instead of being cut off. At most one token is inserted per gap and step.
 
-    Rates first, tokens only where an edit fires: the vocabulary heads see fired rows alone. A sequence that did not
-    change keeps its hidden states (unless the model depends on t). temperature 0 takes the most likely token. Prompts
-    are frozen. A text that fills the model's positions takes no more insertions. Each sequence draws from its own
-    counter-based noise, so its text depends on its seed and not on its neighbours. on_step(t, x, op, sub_token,
-    ins_token, label) is called before edits are applied.
+    prompts, x0: B lists of token ids; prompts are frozen. Rates first, tokens only where an edit fires: the vocabulary
+    heads see fired rows alone. temperature 0 takes the most likely token. A text of max_length tokens takes no more
+    insertions. Each sequence draws from its own counter-based noise, so its text depends on its seed and not on its
+    neighbours. on_step(t, x, op, sub_token, ins_token, "") is called before edits are applied. Raises ValueError for
+    an empty prompt or lists of unequal length.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    seeds = list(range(len(prompts)) if seeds is None else seeds)
-    if not len(prompts) == len(x0) == len(seeds):
-        raise ValueError(f"sample got {len(prompts)} prompts, {len(x0)} x0 and {len(seeds)} seeds; one each is needed")
-    if not all(map(len, prompts)):
-        raise ValueError("every prompt needs at least one token (BOS): it anchors what is inserted in front")
-    if not prompts:
-        return []
-    device = next(model.parameters()).device
-    kappa = schedule(model.config.nanoedit.get("schedule", "cubic"))
-    time_conditioned = model.config.nanoedit.get("time_conditioned", False)
-    limit = getattr(model.config, "max_position_embeddings", None) and max_positions(model.config)
-    x = Ragged.pack([list(p) + list(s) for p, s in zip(prompts, x0)], device)
-    prompt_len = torch.tensor([len(p) for p in prompts], device=device)
-    seed = torch.tensor(seeds, dtype=torch.int64, device=device)
-    streams = torch.arange(5, device=device)[:, None]  # fire, which, sub token, insert, ins token
-    count = torch.zeros(len(prompts), 3, dtype=torch.int64, device=device)
-    stale = torch.ones(len(x), dtype=torch.bool, device=device)  # texts that changed since they were last read
-    hidden = rates = None
-
-    def read(t: float):
-        """Hidden states [T, D] and rates [3, T] of the current texts; only stale ones go through the model."""
-        if not stale.any():
-            return hidden, rates
-        part = x if stale.all() else x.select(stale)
-        fresh = model(part, torch.full((len(part),), t, device=device))
-        if part is not x:
-            changed = stale[x.batch]
-            merged = fresh.new_empty(len(x.ids), fresh.shape[1])
-            merged[changed], merged[~changed] = fresh, hidden  # hidden: what the last edits left of it
-            fresh = merged
-        can_edit, can_insert = editable(x, prompt_len)
-        allowed = torch.stack([can_edit, can_edit, can_insert])
-        return fresh, model.rate_heads(fresh).float().T * allowed
-
-    for step in range(steps):
+    x, prompt_len, seed = start_texts(model, prompts, x0, seeds, steps)
+    count = torch.zeros(len(x), 3, dtype=torch.int64, device=x.ids.device)  # substitutions, deletions, insertions
+    stream = torch.arange(5, device=x.ids.device)[:, None]
+    hidden, stale = None, torch.ones(len(x), dtype=torch.bool, device=x.ids.device)
+    for step in range(steps if prompts else 0):
         t, t_next = step / steps, (step + 1) / steps
-        hidden, rates = read(t)
-        sub_rate, del_rate, ins_rate = rates
-        q = kappa.fire(t, t_next)
-        u = uniform_noise(seed[x.batch], step, x.positions, streams)  # [5, T]
-        change = u[0] < q * (sub_rate + del_rate)
-        substitute = change & (u[1] * (sub_rate + del_rate) < sub_rate)
-        insert = within(u[3] < q * ins_rate, x, limit)
+        hidden = read(model, x, t, stale, hidden)
+        lambda_sub, lambda_del, lambda_ins = (model.rate_heads(hidden).float() * editable(x, prompt_len)).T
+        q = schedule.fire(t, t_next)
+        u_change, u_which, u_sub, u_insert, u_ins = uniform_noise(seed[x.batch], step, x.positions, stream)  # [T] each
+        change = u_change < q * (lambda_sub + lambda_del)
+        substitute = change & (u_which * (lambda_sub + lambda_del) < lambda_sub)
+        insert = within(u_insert < q * lambda_ins, x, max_length)
 
         op = torch.where(change, torch.where(substitute, SUB, DEL), KEEP).to(torch.uint8)
-        sub_token, ins_token = torch.full_like(x.ids, GAP), torch.full_like(x.ids, GAP)
-        for fired, head, token, noise in (
-            (substitute, model.sub_logits, sub_token, u[2]),
-            (insert, model.ins_logits, ins_token, u[4]),
-        ):
-            rows = fired.nonzero()[:, 0]
-            if len(rows):
-                token[rows] = draw_token(head(hidden[rows]), noise[rows], temperature, top_k, top_p)
+        sub_token = draw_tokens(model.sub_logits, hidden, substitute, u_sub, temperature, top_k, top_p)
+        ins_token = draw_tokens(model.ins_logits, hidden, insert, u_ins, temperature, top_k, top_p)
         if on_step is not None:
             on_step(t, x, op, sub_token, ins_token, "")
         edits = torch.stack([substitute, change & ~substitute, insert], dim=1).long()
         made = torch.zeros_like(count).index_add_(0, x.batch, edits)
         count += made
-        stale = made.any(1) | time_conditioned
-        if made.any():
-            hidden = hidden[~stale[x.batch]]
-            x = apply_edits(x, op, sub_token, ins_token)
-
-    _, rates = read(1.0)
-    left_over = torch.zeros(len(x), device=device).index_add_(0, x.batch, rates[2])
-    texts = (ids[len(p) :] for ids, p in zip(x.unpack(), prompts))
-    return [Sampled(ids, tuple(c), left) for ids, c, left in zip(texts, count.tolist(), left_over.tolist())]
+        stale = made.any(1) | getattr(model, "depends_on_t", True)
+        hidden = hidden[~stale[x.batch]]
+        x = apply_edits(x, op, sub_token, ins_token)
+    return finish_texts(model, x, prompt_len, hidden, stale, steps, count, eos_id)
 
 
-def within(insert: Tensor, x: Ragged, limit: int | None) -> Tensor:
-    """insert, bool [T], without the insertions by which a sequence would exceed `limit` tokens."""
+def start_texts(model, prompts, x0, seeds, steps: int) -> tuple[Ragged, Tensor, Tensor]:
+    """The texts at t = 0, prompt lengths [B] and seeds [B], on the model's device."""
+    seeds = list(range(len(prompts)) if seeds is None else seeds)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if not len(prompts) == len(x0) == len(seeds):
+        raise ValueError(f"sample got {len(prompts)} prompts, {len(x0)} x0 and {len(seeds)} seeds; one each is needed")
+    if not all(map(len, prompts)):
+        raise ValueError("every prompt needs at least one token (BOS): it anchors what is inserted in front")
+    device = next(model.parameters()).device
+    x = Ragged.pack([[*p, *s] for p, s in zip(prompts, x0)], device)
+    prompt_len = torch.tensor([len(p) for p in prompts], dtype=torch.int64, device=device)
+    return x, prompt_len, torch.tensor(seeds, dtype=torch.int64, device=device)
+
+
+def read(model, x: Ragged, t: float, stale: Tensor, kept: Tensor | None) -> Tensor:
+    """Hidden states [T, D] of the current texts.
+
+    Only texts in `stale`, bool [B], go through the model: those that changed since they were last read, or all of them
+    if it depends on t. kept: hidden states of the others, in order.
+    """
+    if stale.all():
+        return model(x, torch.full((len(x),), t, device=x.ids.device))
+    changed = stale[x.batch]
+    hidden = kept.new_empty(len(x.ids), kept.shape[1])
+    hidden[~changed] = kept
+    if changed.any():
+        part = x.select(stale)
+        hidden[changed] = model(part, torch.full((len(part),), t, device=x.ids.device))
+    return hidden
+
+
+def within(insert: Tensor, x: Ragged, max_length: int | None) -> Tensor:
+    """insert, bool [T], without the insertions by which a sequence would exceed max_length tokens."""
     added = torch.zeros_like(x.lengths).index_add_(0, x.batch, insert.long())
-    if not limit or not (x.lengths + added > limit).any():
+    if not max_length or not (x.lengths + added > max_length).any():
         return insert
     count = insert.long().cumsum(0)
     before = (added.cumsum(0) - added)[x.batch]
-    return insert & (count - before <= (limit - x.lengths)[x.batch])
+    return insert & (count - before <= (max_length - x.lengths)[x.batch])
+
+
+def draw_tokens(head, hidden: Tensor, fired: Tensor, u: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """int64 [T]: a token from the head wherever an edit fired, bool [T]; GAP elsewhere. u in (0, 1) [T]."""
+    token = torch.full_like(fired, GAP, dtype=torch.int64)
+    rows = fired.nonzero()[:, 0]
+    if len(rows):
+        token[rows] = draw_token(head(hidden[rows]), u[rows], temperature, top_k, top_p)
+    return token
 
 
 def draw_token(logits: Tensor, u: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -397,3 +423,136 @@ def draw_token(logits: Tensor, u: Tensor, temperature: float, top_k: int = 0, to
     cdf = p.cumsum(-1, dtype=torch.float64)
     index = torch.searchsorted(cdf, (u.double() * cdf[:, -1])[:, None]).clamp_max(logits.shape[1] - 1)
     return (index if token is None else token.gather(1, index))[:, 0]
+
+
+def finish_texts(model, x, prompt_len, hidden, stale, steps, count, eos_id) -> list[Generated]:
+    """The responses, with what was done to them. left_over: insertions that the model still expected in the end."""
+    if not len(x):
+        return []
+    rate = model.rate_heads(read(model, x, 1.0, stale, hidden)).float()[:, INSERT] * editable(x, prompt_len)[:, INSERT]
+    expected = torch.zeros(len(x), device=x.ids.device).index_add_(0, x.batch, rate)
+    texts = []
+    for ids, start, made, left_over in zip(x.unpack(), prompt_len.tolist(), count.tolist(), expected.tolist()):
+        tokens = ids[start:]
+        response = tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
+        details = dict(zip(("substitutions", "deletions", "insertions"), made)) | {"left_over": left_over}
+        note = ""
+        if left_over > max(2, 0.05 * made[INSERT]):
+            note = f"the model still expected {left_over:.0f} insertions at the end; more steps (a smaller --tau) give "
+            note += "longer texts"
+        texts.append(Generated(response, tokens, {"steps": steps}, details=details, note=note))
+    return texts
+
+
+# ---------------------------------------------------------------------------------------------------- as a method
+#
+# What train.py, sample.py, evaluate.py and convert.py ask for (plumbing/methods.py lists it).
+
+TITLE = "Edit Flows"
+HEADS = ("sub_logits", "ins_logits")
+TOKENS = ()
+PACKED = False
+
+
+def model_flags(f) -> None:
+    f.text("--x0_sampler", read=parse_source,
+           help="start: empty, masks[length:64], uniform[length:100], draft (default: the checkpoint's, else empty)")
+    f.text("--schedule", read=parse_schedule,
+           help="kappa: linear, cosine, cubic, cubic[a:A,b:B] (default: the checkpoint's, else cubic)")
+    f.flag("--time_conditioned", help="a new model sees t, through an embedding that adds zero at first")
+
+
+def training_flags(f) -> None:
+    f.flag("--normalize", default=True, help="divide each sequence's loss by its length")
+
+
+def sampling_flags(f) -> None:
+    with f.exclusive():
+        f.number("--tau", low=1e-6, high=1, help="time step of the chain; 0.01 (the default) makes 100 steps")
+        f.integer("--steps", low=1, help="the same as a number of steps")
+    with f.exclusive():
+        f.text("--x0_sampler", read=parse_source, help="where to start (default: as in training)")
+        f.integer("--mask_length", low=0, help="start from this many masks")
+
+
+def remember(args, stored: dict) -> dict:
+    return {
+        "schedule": args.schedule or stored.get("schedule", "cubic"),
+        "x0_sampler": args.x0_sampler or stored.get("x0_sampler", "empty"),
+        "time_conditioned": bool(args.time_conditioned or stored.get("time_conditioned")),
+    }
+
+
+def check_example(example, settings) -> None:
+    if parse_source(settings.x0_sampler).kind == "draft" and example.draft is None:
+        raise ValueError('--x0_sampler draft: no "draft" field to start from')
+
+
+def start(model, settings, examples: list, resumed: bool) -> None:
+    """Takes token frequencies from the examples where x0 is drawn from them, and checks that all of x_t will fit."""
+    kind, length = check_mask(parse_source(settings.x0_sampler), settings)
+    if settings.time_conditioned and not model.depends_on_t:
+        raise ValueError("--time_conditioned is for new models; this one was made without it")
+    if kind == "uniform" and not (resumed and hasattr(model, "unigram")):
+        tokens = torch.tensor([token for e in examples for token in e.response])
+        counts = torch.bincount(tokens, minlength=model.sub_logits.out_features).float()
+        model.register_buffer("unigram", counts / counts.sum())
+    limit = getattr(model.model, "position_limit", None)
+    longest = max(len(e) + (len(e.draft or ()) if kind == "draft" else length) for e in examples)
+    if limit and longest > limit:  # on the way from x0 to x1 a text holds tokens of both
+        raise ValueError(
+            f"prompt, response and x0 take up to {longest} tokens together, the model has {limit} positions; lower "
+            "--max_length or the length of --x0_sampler"
+        )
+
+
+def prepare(model, examples: list, settings, progress: float, rng, shared_rng) -> PathBatch:
+    unigram = model.unigram.cpu() if hasattr(model, "unigram") else None
+    source, schedule = parse_source(settings.x0_sampler), parse_schedule(settings.schedule)
+    x0 = [source.draw(e.draft, settings.tokens["mask"], unigram, rng) for e in examples]
+    prompts, x1 = [e.prompt for e in examples], [e.response for e in examples]
+    t = stratified(len(examples), 0, 1 - EPSILON, rng)
+    return path(prompts, x0, x1, t, schedule, rng, normalize=settings.normalize)
+
+
+def check_mask(source: Source, settings) -> Source:
+    if source.kind == "masks" and settings.tokens["mask"] is None:
+        raise ValueError("--x0_sampler masks: the tokenizer has no mask token; `convert.py --to editflow` adds one")
+    return source
+
+
+def start_source(settings) -> Source:
+    """Where sampling starts: --mask_length, --x0_sampler, or as in training."""
+    if settings.mask_length is not None:
+        return check_mask(Source("masks", settings.mask_length), settings)
+    return check_mask(parse_source(settings.x0_sampler), settings)
+
+
+def passes(settings) -> int:
+    return settings.steps or max(1, round(1 / (settings.tau or 0.01)))
+
+
+def room(settings) -> int:
+    return max(1, start_source(settings).length)
+
+
+def generate(model, prompts: list, settings, seeds: list[int], drafts=None, on_step=None) -> list[Generated]:
+    """drafts: token ids to start from, one per prompt, instead of the checkpoint's source."""
+    source = Source("draft", 0) if drafts else start_source(settings)
+    unigram = model.unigram.cpu() if hasattr(model, "unigram") else None
+    if source.kind == "draft" and not drafts:
+        raise ValueError("this checkpoint edits drafts: give one with --draft, or another start with --x0_sampler")
+    if source.kind == "uniform" and unigram is None:
+        raise ValueError("starting from uniform needs the token frequencies of a checkpoint trained with that start")
+    x0 = [
+        source.draw(drafts and drafts[i], settings.tokens["mask"], unigram, torch.Generator().manual_seed(seed))
+        for i, seed in enumerate(seeds)
+    ]
+    generated = sample(
+        model, prompts, x0, schedule=parse_schedule(settings.schedule), steps=passes(settings), seeds=seeds,
+        temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
+        eos_id=settings.tokens["eos"], max_length=settings.max_positions, on_step=on_step,
+    )  # fmt: skip
+    for text, draft in zip(generated, drafts or []):
+        text.draft = draft
+    return generated

@@ -50,6 +50,7 @@ import data
 import medlm
 import models
 import sample as sampler
+import toy
 from plumbing import cli, execution
 
 # --------------------------------------------------------------------------- finding the answer, and judging it
@@ -204,8 +205,8 @@ TASKS = {
         fields=(),
         question=lambda record: record["messages"][0]["content"],
         checks={
-            "right": lambda record, response: data.toy_check(record["messages"][0]["content"], response)[0],
-            "valid": lambda record, response: data.toy_check(record["messages"][0]["content"], response)[1],
+            "right": lambda record, response: toy.check(record["messages"][0]["content"], response)[0],
+            "valid": lambda record, response: toy.check(record["messages"][0]["content"], response)[1],
         },
         judge="right: the number after ####; valid: the response is one of the 18 that answer the prompt",
         init_num=24,
@@ -231,8 +232,8 @@ def load_samples(name: str, source: str | None, limit: int | None, seed: int, sy
     instead of the table's, "" for none. Raises ValueError / OSError naming the file and line.
     """
     task = TASKS[name]
-    if name in data.TOY_SOURCES:
-        records = data.toy_records("test", limit or data.TOY_HELD_OUT, seed, repair=name == "toy-repair")
+    if name in toy.SOURCES:
+        records = toy.records("test", limit or toy.HELD_OUT, seed, repair=name == "toy-repair")
     else:
         files = data.data_files(source or task.hub)
         held_out = [file for file in files if "test" in file.name] or files
@@ -542,7 +543,7 @@ def parse_args(argv=None):
             f.error(f"--data {name}: --task does not name it ({', '.join(args.task)})")
         if names.count(name) > 1:
             f.error(f"--data {name}: given twice; name a folder where there are several files")
-        if name in data.TOY_SOURCES:
+        if name in toy.SOURCES:
             f.error(f"--data {name}: this task makes its own data")
     return args
 

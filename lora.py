@@ -5,24 +5,14 @@
 Only A, B and the heads get gradients, optimizer state and a place in checkpoints. With `four_bit`, W itself is kept in
 4 bits per weight (NF4 of QLoRA, arXiv 2305.14314) and spelled out again, layer by layer, whenever it is needed.
 
-    add          wraps every linear layer of the blocks; what is left trainable: adapters and heads
-    merge        adds B A to W and takes the wrappers off: a plain model that computes the same
-    save, load   adapter_config.json + adapter_model.safetensors in the layout of the PEFT library, heads.safetensors
+    add      wraps every linear layer of the blocks; what is left trainable: adapters and heads
+    merge    adds B A to W and takes the wrappers off: a plain model that computes the same
 """
-
-import json
-import math
-import os
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import models
-
-PREFIX = "base_model.model."  # of every name in a PEFT file
 BLOCK = 64  # weights that share a scale
 
 
@@ -136,100 +126,3 @@ class Linear4bit(nn.Module):
         kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         y = _Matmul4bit.apply(x.to(kind), self.packed, self.scale, self.shape)
         return y if self.bias is None else y + self.bias.to(kind)
-
-
-# ---------------------------------------------------------------------------------------------------- checkpoints
-
-
-def is_saved(name: str) -> bool:
-    """Whether a tensor is part of what `save` writes: adapters and everything outside the backbone."""
-    return not name.startswith("model.") or ".lora_" in name
-
-
-def head_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of a state dict everything outside the backbone: vocabulary and rate heads, time embedding, token frequencies."""
-    return {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
-
-
-def save(model: nn.Module, directory: str, base: str, state: dict | None = None) -> None:
-    """Adapters and heads alone. base: the checkpoint they belong to, a directory or a hub id.
-
-    state: the full state dict where the model itself holds only shards of it.
-    """
-    directory, layers, state = Path(directory), adapted_layers(model), state or model.state_dict()
-    directory.mkdir(parents=True, exist_ok=True)
-    config = model.lora | {
-        "peft_type": "LORA",
-        "base_model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base,
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    tensors = {}
-    for name in layers:
-        on_disk = PREFIX + models.disk_name(models.naming(model.config), f"{name}.").removesuffix(".")
-        for part in ("lora_A", "lora_B"):
-            tensors[f"{on_disk}.{part}.weight"] = state[f"{name}.{part}.weight"].detach().cpu().contiguous()
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    heads = {name: tensor.detach().cpu().contiguous() for name, tensor in head_state(state).items()}
-    save_file(heads, directory / "heads.safetensors", metadata={"format": "pt"})
-    for name, value in (("adapter_config.json", config), ("config.json", vars(model.config))):
-        (directory / name).write_text(json.dumps(value, indent=2, sort_keys=True), encoding="utf-8")
-
-
-ADAPTER_FIELDS = {  # of adapter_config.json, those read again: what each must be
-    "r": ("a whole number from 1 to 65536", lambda r: type(r) is int and 1 <= r <= 65536),
-    "lora_alpha": ("a number", lambda alpha: type(alpha) in (int, float) and math.isfinite(alpha)),
-    "lora_dropout": ("a number from 0 to 1", lambda p: type(p) in (int, float) and 0 <= p <= 1),
-    "base_model_name_or_path": ("a directory or hub id", lambda base: isinstance(base, str) and base.strip()),
-}
-
-
-def read_adapter_config(directory: Path) -> dict:
-    """adapter_config.json. Raises ValueError naming the file and the field."""
-    file = directory / "adapter_config.json"
-    try:
-        config = {"lora_dropout": 0.0} | json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, RecursionError) as e:
-        raise ValueError(f"{file}: not a JSON object ({e})") from None
-    if missing := sorted(ADAPTER_FIELDS.keys() - config.keys()):
-        raise ValueError(f"{file}: field {missing[0]!r} is missing")
-    for field, (what, fits) in ADAPTER_FIELDS.items():
-        if not fits(config[field]):
-            raise ValueError(f"{file}: field {field!r} must be {what}, found {str(config[field])[:80]!r}")
-    return config
-
-
-def check_base(base: Path, directory: Path) -> None:
-    """Raises ValueError where the base model of adapters holds adapters, too."""
-    if (base / "adapter_config.json").is_file():
-        raise ValueError(f"{directory}/adapter_config.json: the base model {base} holds adapters itself")
-
-
-def load(directory: str, device="cpu", dtype=torch.float32, method=None, four_bit=False) -> nn.Module:
-    """The base model of a directory that `save` wrote, with its adapters, unmerged. Raises OSError / ValueError."""
-    directory = Path(directory)
-    settings = read_adapter_config(directory)
-    base = models.local_path(settings["base_model_name_or_path"])
-    check_base(base, directory)
-    model = models.load(base, device, dtype, method)
-    model.config = models.complete_config(models.read_config(directory))
-    add(model, settings["r"], settings["lora_alpha"], settings["lora_dropout"], four_bit)
-    model.base = settings["base_model_name_or_path"]
-    if str(model.config.nanoedit.get("x0_sampler")).startswith("uniform") and not hasattr(model, "unigram"):
-        model.set_unigram(torch.ones(model.config.vocab_size, device=device))
-    state = model.state_dict()
-    files = {
-        directory / "heads.safetensors": {name: name for name in head_state(state)},
-        directory / "adapter_model.safetensors": {
-            f"{name}.{part}.weight": PREFIX + models.disk_name(models.naming(model.config), f"{name}.{part}.weight")
-            for name in adapted_layers(model)
-            for part in ("lora_A", "lora_B")
-        },
-    }
-    with torch.no_grad():
-        for file, names in files.items():
-            for ours, theirs in names.items():
-                state[ours].copy_(models.read_tensor(file, theirs, state[ours].shape))
-    return model

@@ -18,65 +18,110 @@ One backbone, two vocabulary heads, read at every token i:
 The teacher is edit distance: a minimum edit script from a draft to the wanted text says what every token should become
 (`edit_distance.edit_labels`, which also tells why the script is read from the left). Three stages of training:
 
-    1, 2  mask loss on plain text, then on dialogues: both heads learn to fill masks (`mask_batch`, `mask_loss`)
+    1, 2  mask loss on plain text, then on dialogues: both heads learn to fill masks (`mask_batch`)
     3     now and then the model's own drafts instead: mask a response, let the model fill it in and edit it, and train
-          both heads on the edit labels of what came out (`plan_rollout`, `rollout`, `rollout_loss`)
+          both heads on the edit labels of what came out (`plan_rollout`, `rollout`, `label_drafts`)
 
-`decode` writes: `fill_masks`, `close_draft`, then `refine`, which repeats `edit_pass`. Rollouts call the very same four
-functions, so the model is trained on the drafts that it will meet. Every sequence is prompt + response; `first` [B] is
-where the response begins. Prompts hold at least one token: the last one carries the insertion in front of the response.
+Both are a `Batch` of supervised rows with weights, and one `loss` serves all stages. `decode` writes: `fill_masks`,
+`close_draft`, then `refine`, which repeats `propose_edits`. Rollouts call the very same functions, so the model is
+trained on the drafts that it will meet. Every sequence is prompt + response; prompt_len [B] is where the response
+begins. Prompts hold at least one token: the last one carries the insertion in front of the response. `tokens` holds the
+ids of the special tokens: mask, pad, del (`<|del|>`) and eos (end of message).
 """
 
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from edit_distance import edit_labels_batch, edit_scripts
-from models import CHUNK_FLOATS, weighted_nll
-from ragged import DEL, GAP, KEEP, SUB, Ragged, apply_edits, uniform_noise
+from ragged import (
+    CHUNK_FLOATS,
+    DEL,
+    GAP,
+    KEEP,
+    SUB,
+    Generated,
+    Ragged,
+    apply_edits,
+    stratified,
+    uniform_noise,
+    weighted_nll,
+)
 
 MIN_T = 0.05  # floor of the masked fraction: losses are weighted by 1/t, so a single t near 0 would drown a whole batch
 IGNORE = -100  # label of a row that is not supervised
 ORDERS = ("confidence", "random")
 
+# ---------------------------------------------------------------------------------------------------- heads and loss
 
-# ---------------------------------------------------------------------------------------------------- batches
+
+class Model(nn.Module):
+    """The heads of ME-DLM over a backbone, a module that turns a ragged batch into hidden states [T, D]: what a token
+    should become, and what should stand right after it."""
+
+    def __init__(self, backbone: nn.Module, D: int, V: int, bias: bool = False, stored: dict | None = None):
+        super().__init__()
+        self.model = backbone
+        self.lm_head = nn.Linear(D, V, bias=bias)
+        self.next_token_head = nn.Linear(D, V, bias=bias)
+
+    def init_heads(self, generator: torch.Generator) -> None:
+        """Both heads start from a pretrained output matrix, or like any other matrix."""
+
+    def forward(self, x: Ragged) -> Tensor:
+        """Hidden states [T, D]."""
+        return self.model(x)
 
 
-def special_tokens(tokenizer) -> dict[str, int]:
-    """The `tokens` that the functions below ask for: ids of mask, pad, del (`<|del|>`) and eos (end of message).
+@dataclass(frozen=True)
+class Batch:
+    """Texts with masks or drafts, and what both heads should say about some of their rows.
 
-    Raises ValueError if the tokenizer lacks one of them.
+    lm_row, lm_token int64 [N]; lm_weight float [N]: for lm_head. next_row, next_token, next_weight [M]: for
+    next_token_head. kind: "mask" or "edit"; counts: numbers for the log.
     """
-    tokens = {name: getattr(tokenizer, f"{name}_id") for name in ("mask", "pad", "del", "eos")}
-    if missing := [name for name, token in tokens.items() if token is None]:
-        raise ValueError(f"the tokenizer has no {' and no '.join(missing)} token; `convert.py --to medlm` adds them")
-    return tokens
+
+    kind: str
+    x: Ragged
+    lm_row: Tensor
+    lm_token: Tensor
+    lm_weight: Tensor
+    next_row: Tensor
+    next_token: Tensor
+    next_weight: Tensor
+    counts: dict[str, float]
+
+    def to(self, device) -> "Batch":
+        moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
+        return replace(self, **moved)
+
+
+def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict]:
+    """Weighted cross-entropy of both heads: the sum over rows of weight * -log p(token).
+
+    The weights say over what it is a mean: see `mask_batch` and `label_drafts`. Returns the loss (float32 scalar, with
+    gradients; 0 when nothing is supervised) and detached metrics.
+    """
+    hidden = model(batch.x)  # [T, D]
+    lm = weighted_nll(hidden, model.lm_head, batch.lm_row, batch.lm_token, batch.lm_weight)
+    following = weighted_nll(hidden, model.next_token_head, batch.next_row, batch.next_token, batch.next_weight)
+    metrics = {f"loss_{batch.kind}_lm": lm.detach(), f"loss_{batch.kind}_next": following.detach()}
+    return lm + following, metrics | batch.counts
 
 
 def pack_examples(examples) -> tuple[Ragged, Tensor]:
-    """Examples (anything with .prompt and .response, lists of token ids) to prompt + response in one row, and `first`.
+    """Examples (anything with .prompt and .response, lists of token ids): prompt + response in one row, prompt_len [B].
 
-    first: int64 [B], the position at which the response begins. Raises ValueError for an empty prompt.
+    Raises ValueError for an empty prompt.
     """
     if empty := [i for i, e in enumerate(examples) if not len(e.prompt)]:
         raise ValueError(f"example {empty[0]} has an empty prompt; it needs at least one token, e.g. bos")
-    x = Ragged.pack([list(e.prompt) + list(e.response) for e in examples])
+    x = Ragged.pack([[*e.prompt, *e.response] for e in examples])
     return x, torch.tensor([len(e.prompt) for e in examples], dtype=torch.int64)
-
-
-def stratified(n: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-    """n numbers, float [n], each U[low, high], one from each of n equal strata, in random order.
-
-    A batch then always holds easy and hard fractions, which lowers the variance of the loss.
-    """
-    stratum = torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)
-    return low + (high - low) * stratum / max(n, 1)
 
 
 def per_sample_mean(sample: Tensor, n_samples: int) -> Tensor:
@@ -91,54 +136,15 @@ def per_sample_mean(sample: Tensor, n_samples: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- stages 1 and 2
 
 
-@dataclass(frozen=True)
-class MaskBatch:
-    """x with masks in place; `row` [E] are the masked rows and `token` [E] what stood there.
-
-    t: float [B], the probability with which each response was masked. length: int64 [B], its tokens.
-    """
-
-    x: Ragged
-    t: Tensor
-    length: Tensor
-    row: Tensor
-    token: Tensor
-
-    def to(self, device) -> "MaskBatch":
-        return MaskBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
-
-
-def mask_batch(examples, *, mask_id: int, min_t: float, max_t: float, generator: torch.Generator) -> MaskBatch:
+def mask_batch(
+    examples, *, mask_id: int, min_t: float, max_t: float, generator: torch.Generator, loss_norm: str = "tokens"
+) -> Batch:
     """Mask each response token, the first and the trailing pads included, with its sample's probability t.
 
-    t ~ U[max(min_t, MIN_T), max_t], one per sample, stratified over the batch. Prompts are never masked.
-    Raises ValueError unless 0 <= min_t < max_t <= 1 and MIN_T < max_t.
-    """
-    check_range("min_t", min_t, "max_t", max_t)
-    if max_t <= MIN_T:
-        raise ValueError(f"--max_t {max_t} leaves nothing to draw from: t is kept above {MIN_T}; raise --max_t")
-    x, first = pack_examples(examples)
-    t = stratified(len(x), max(min_t, MIN_T), max_t, generator)
-    row = draw_masks(x, first, t, generator)
-    return MaskBatch(replace(x, ids=x.ids.index_fill(0, row, mask_id)), t, x.lengths - first, row, x.ids[row])
-
-
-def draw_masks(x: Ragged, first: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
-    """int64 [E]: the response rows to be masked, each with probability t [B] of its sequence."""
-    masked = torch.rand(len(x.ids), generator=generator) < t[x.batch]
-    return (masked & (x.positions >= first[x.batch])).nonzero().flatten()
-
-
-def check_range(low_name: str, low: float, high_name: str, high: float) -> None:
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"--{low_name} {low} and --{high_name} {high}: need 0 <= {low_name} < {high_name} <= 1")
-
-
-def mask_loss(model: nn.Module, batch: MaskBatch, loss_norm: str = "tokens") -> tuple[Tensor, dict]:
-    """Cross-entropy of lm_head at the masked rows plus that of next_token_head at the rows before them, weighted 1/t.
-
-    The row before a response's first token is the prompt's last, so no label ever leaves its sample. With CE_i the
-    cross-entropy at masked row i of a sample of which k tokens out of `length` are masked:
+    t ~ U[max(min_t, MIN_T), max_t], one per sample, stratified over the batch. Prompts are never masked. lm_head is
+    supervised at the masked rows, next_token_head at the rows before them; the row before a response's first token is
+    the prompt's last, so no label ever leaves its sample. With CE_i the cross-entropy at masked row i of a sample of
+    which k tokens out of `length` are masked:
 
     loss_norm "tokens"  mean over samples having masks of  sum_i CE_i / (k t).  The published form. k is about
                         t * length, so it estimates E_t[CE(t) / t], with CE(t) the mean cross-entropy at masked
@@ -150,36 +156,26 @@ def mask_loss(model: nn.Module, batch: MaskBatch, loss_norm: str = "tokens") -> 
                         -log p(response | prompt) of a decoder that reveals one random token per pass (LLaDA). In nats
                         per response token. The floor MIN_T leaves out the nearly finished texts, which are the easy
                         ones: an average over U[MIN_T, 1] lies higher as long as CE(t) grows with t.
-
-    Returns the loss (float32 scalar, with gradients; 0 when nothing is masked) and detached metrics.
     """
-    sample, t = batch.x.batch[batch.row], batch.t
+    x, prompt_len = pack_examples(examples)
+    t = stratified(len(x), max(min_t, MIN_T), max_t, generator)
+    row = draw_masks(x, prompt_len, t, generator)
+    sample, length = x.batch[row], x.lengths - prompt_len
     if loss_norm == "tokens":
-        weight = per_sample_mean(sample, len(t)) / t[sample]
-    elif loss_norm == "bound":
-        weight = 1 / (t * batch.length * (batch.length > 0).sum())[sample]
+        weight = per_sample_mean(sample, len(x)) / t[sample]
     else:
-        raise ValueError(f"--loss_norm {loss_norm!r} is not known; choose tokens or bound")
-    hidden = model(batch.x)  # [T, D]
-    lm = weighted_nll(hidden, model.lm_head, batch.row, batch.token, weight)
-    following = weighted_nll(hidden, model.next_token_head, batch.row - 1, batch.token, weight)
-    metrics = {"loss_mask_lm": lm.detach(), "loss_mask_next": following.detach(), "masked_tokens": len(batch.row)}
-    return lm + following, metrics
+        weight = 1 / (t * length * (length > 0).sum())[sample]
+    masked = replace(x, ids=x.ids.index_fill(0, row, mask_id))
+    return Batch("mask", masked, row, x.ids[row], weight, row - 1, x.ids[row], weight, {"masked_tokens": len(row)})
 
 
-# ---------------------------------------------------------------------------------------------------- draft and edit
+def draw_masks(x: Ragged, prompt_len: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+    """int64 [E]: the response rows to be masked, each with probability t [B] of its sequence."""
+    masked = torch.rand(len(x.ids), generator=generator) < t[x.batch]
+    return (masked & (x.positions >= prompt_len[x.batch])).nonzero().flatten()
 
 
-@contextmanager
-def inference(model: nn.Module):
-    """No gradients and no dropout; the mode that the model was in comes back."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
+# ---------------------------------------------------------------------------------------------------- drafting
 
 
 def forward_active(model: nn.Module, x: Ragged, active: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,24 +186,26 @@ def forward_active(model: nn.Module, x: Ragged, active: Tensor) -> tuple[Tensor,
     if not active.any():
         active = torch.arange(len(active), device=active.device) == 0
     kept = active[x.batch]
-    return model(Ragged.from_lengths(x.ids[kept], x.lengths[active])), kept.cumsum(0) - 1
+    return model(x.select(active)), kept.cumsum(0) - 1
 
 
 def best_tokens(hidden: Tensor, head: nn.Linear, row: Tensor, never: list[int], rival: Tensor | None = None):
-    """The most probable token of each row [N], leaving out the ids in `never`, and how sure the head is, float32 [N].
+    """The most probable token of each row [N], leaving out the ids in `never`, and the confidence in it, float32 [N].
 
-    How sure: log p(token), or against a rival token [N] the log-odds log p(token) - log p(rival).
+    Confidence: log p(token), or against a rival token [N] the log-odds log p(token) - log p(rival).
     Rows go through the head in chunks, so that [N, V] floats never exist.
     """
-    never = torch.tensor(never, device=row.device)
-    found = []
-    for i in range(0, max(len(row), 1), step := max(1, CHUNK_FLOATS // head.out_features)):
-        logits = head(hidden[row[i : i + step]]).float()
-        against = None if rival is None else logits.gather(1, rival[i : i + step, None])[:, 0]
+    never, size = torch.tensor(never, device=row.device), max(1, CHUNK_FLOATS // head.out_features)
+    tokens, confidences = [], []
+    for i, rows in enumerate(row.split(size)):
+        logits = head(hidden[rows]).float()
+        if rival is not None:
+            against = logits.gather(1, rival.split(size)[i][:, None])[:, 0]
         logits.index_fill_(1, never, -torch.inf)
         top, token = logits.max(1)
-        found.append((token, top - (logits.logsumexp(1) if against is None else against)))
-    return torch.cat([token for token, _ in found]), torch.cat([sure for _, sure in found])
+        tokens.append(token)
+        confidences.append(top - (logits.logsumexp(1) if rival is None else against))
+    return torch.cat(tokens), torch.cat(confidences)
 
 
 def highest(score: Tensor, sample: Tensor, count: Tensor) -> Tensor:
@@ -222,7 +220,7 @@ def highest(score: Tensor, sample: Tensor, count: Tensor) -> Tensor:
 
 
 def fill_masks(
-    model: nn.Module, x: Ragged, first: Tensor, passes: Tensor, tokens: dict, *,
+    model: nn.Module, x: Ragged, prompt_len: Tensor, passes: Tensor, tokens: dict, *,
     order: str, seeds: Tensor, rounds: int | None = None, on_pass: Callable | None = None,
 ) -> Ragged:  # fmt: skip
     """Phase 1, parallel decoding: sequence b's masks are filled in passes[b] passes, an equal share in each.
@@ -234,7 +232,7 @@ def fill_masks(
     """
     never = [tokens["mask"], tokens["del"]]
     for step in range(int(passes.max()) if rounds is None else rounds):
-        masked = ((x.ids == tokens["mask"]) & (x.positions >= first[x.batch])).nonzero().flatten()
+        masked = ((x.ids == tokens["mask"]) & (x.positions >= prompt_len[x.batch])).nonzero().flatten()
         sample = x.batch[masked]
         left = torch.bincount(sample, minlength=len(x))
         share = -(-left // (passes - step).clamp(min=1))  # rounded up
@@ -243,8 +241,8 @@ def fill_masks(
             row = masked[highest(uniform_noise(seeds[sample], step, x.positions[masked], stream=0), sample, share)]
             token, _ = best_tokens(hidden, model.lm_head, where[row], never)
         else:
-            token, sure = best_tokens(hidden, model.lm_head, where[masked], never)
-            chosen = highest(sure, sample, share)
+            token, confidence = best_tokens(hidden, model.lm_head, where[masked], never)
+            chosen = highest(confidence, sample, share)
             row, token = masked[chosen], token[chosen]
         op = torch.zeros_like(x.ids, dtype=torch.uint8).index_fill(0, row, SUB)
         edits = op, x.ids.index_copy(0, row, token), torch.full_like(x.ids, GAP)
@@ -254,14 +252,14 @@ def fill_masks(
     return x
 
 
-def close_draft(x: Ragged, first: Tensor, tokens: dict) -> Ragged:
+def close_draft(x: Ragged, prompt_len: Tensor, tokens: dict) -> Ragged:
     """Between the phases: a response becomes its tokens before the first end-of-message, no pads, then exactly one eos.
 
     That eos is the sentinel: the model reads it, its left neighbour may insert in front of it, nobody edits it. What
     stood behind the first eos is dropped: it is not part of the answer that the draft gives. A draft without eos gets
     one; an empty draft becomes the eos alone.
     """
-    response = x.positions >= first[x.batch]
+    response = x.positions >= prompt_len[x.batch]
     is_eos = response & (x.ids == tokens["eos"])
     ended = is_eos.cumsum(0)
     before = torch.cat([ended.new_zeros(1), ended])[x.cu_seqlens[:-1].long()]  # [B] eos tokens in earlier sequences
@@ -270,20 +268,23 @@ def close_draft(x: Ragged, first: Tensor, tokens: dict) -> Ragged:
     return apply_edits(x, torch.where(drop, DEL, KEEP), x.ids, eos)
 
 
-def text_and_gaps(x: Ragged, first: Tensor) -> tuple[Tensor, Tensor]:
+def text_and_gaps(x: Ragged, prompt_len: Tensor) -> tuple[Tensor, Tensor]:
     """Of closed drafts: the rows that may be edited, and those that may insert behind them (last prompt token, too).
 
     Both int64; a response of n tokens has n of the first and n + 1 of the second, in the order of `edit_labels`.
     """
     sentinel = torch.zeros_like(x.ids, dtype=torch.bool).index_fill(0, x.cu_seqlens[1:].long() - 1, True)
-    text = ~sentinel & (x.positions >= first[x.batch])
-    gaps = ~sentinel & (x.positions >= first[x.batch] - 1)
+    text = ~sentinel & (x.positions >= prompt_len[x.batch])
+    gaps = ~sentinel & (x.positions >= prompt_len[x.batch] - 1)
     return text.nonzero().flatten(), gaps.nonzero().flatten()
 
 
-def contents(x: Ragged, first: Tensor) -> list[list[int]]:
+def contents(x: Ragged, prompt_len: Tensor) -> list[list[int]]:
     """The responses of closed drafts, without prompt and sentinel."""
-    return [row[start:-1] for row, start in zip(x.unpack(), first.tolist())]
+    return [row[start:-1] for row, start in zip(x.unpack(), prompt_len.tolist())]
+
+
+# ---------------------------------------------------------------------------------------------------- editing
 
 
 def edit_pass(x: Ragged, token: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -296,44 +297,49 @@ def edit_pass(x: Ragged, token: Tensor, following: Tensor) -> tuple[Tensor, Tens
     Returns op, sub_token, ins_token [T] for `apply_edits`.
     """
     survives = token != GAP
-    row = torch.arange(len(token), device=token.device)
-    at_or_after = torch.where(survives, row, len(token)).flip(0).cummin(0).values.flip(0)  # [T] next survivor, or T
-    after = torch.cat([at_or_after[1:], at_or_after.new_tensor([len(token)])])
-    right = torch.cat([token, token.new_tensor([GAP])])[after]
+    end = token.new_tensor([len(token)])
+    row = torch.where(survives, torch.arange(len(token), device=token.device), end)
+    next_survivor = torch.cat([row[1:], end]).flip(0).cummin(0).values.flip(0)  # [T]; T where none follows
+    will_follow = torch.cat([token, token.new_tensor([GAP])])[next_survivor]
     op = torch.where(survives, torch.where(token == x.ids, KEEP, SUB), DEL).to(torch.uint8)
-    return op, token, torch.where(survives & (following != right), following, GAP)
+    return op, token, torch.where(survives & (following != will_follow), following, GAP)
 
 
-def propose_edits(
-    model: nn.Module, x: Ragged, first: Tensor, active: Tensor, tokens: dict, room: Tensor, max_edits: int | None
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """One forward pass over the active [B] closed drafts; the argmax edits of both heads, and the model's doubt.
+def predict_edits(model: nn.Module, x: Ragged, prompt_len: Tensor, active: Tensor, tokens: dict):
+    """One forward pass over the active [B] closed drafts: (token, following) for `edit_pass`, and odds, float [T, 2].
 
+    odds: the log-odds of what becomes of a token against keeping it, and of what is inserted behind it against nothing.
     Only response rows go through the heads. Masks, pads and eos are never written: a draft stays a closed draft. For
-    next_token_head, eos means that nothing follows. room [B], max_edits: see `refine`. Returns (op, sub_token,
-    ins_token) and doubt, float [B]: the log-odds of the edits, before any limit, against leaving things as they are; 0
-    for a text that the model would not touch.
+    next_token_head, eos means that nothing follows.
     """
-    text, gaps = (rows[active[x.batch[rows]]] for rows in text_and_gaps(x, first))
+    mask, pad, delete, eos = (tokens[name] for name in ("mask", "pad", "del", "eos"))
+    text, gaps = (rows[active[x.batch[rows]]] for rows in text_and_gaps(x, prompt_len))
     hidden, where = forward_active(model, x, active)
-    mask, pad, delete, eos = (tokens[k] for k in ("mask", "pad", "del", "eos"))
-    token, token_odds = best_tokens(hidden, model.lm_head, where[text], [mask, pad, eos], x.ids[text])
-    insert, insert_odds = best_tokens(hidden, model.next_token_head, where[gaps], [mask, pad, delete], x.ids[gaps + 1])
-    following = torch.full_like(x.ids, GAP).index_copy(0, gaps, insert.masked_fill(insert == eos, GAP))
-    token = x.ids.index_copy(0, text, token.masked_fill(token == delete, GAP))  # a prompt may hold any id, delete's too
-    op, sub_token, ins_token = edit_pass(x, token, following)
+    new, new_odds = best_tokens(hidden, model.lm_head, where[text], [mask, pad, eos], x.ids[text])
+    behind, behind_odds = best_tokens(
+        hidden, model.next_token_head, where[gaps], [mask, pad, delete], x.ids[gaps + 1]
+    )
+    token = x.ids.index_copy(0, text, new.masked_fill(new == delete, GAP))  # a prompt may hold any id, delete's too
+    following = torch.full_like(x.ids, GAP).index_copy(0, gaps, behind.masked_fill(behind == eos, GAP))
+    odds = torch.zeros(len(x.ids), 2, device=x.ids.device)
+    odds[text, 0], odds[gaps, 1] = new_odds, behind_odds
+    return token, following, odds
 
-    odds = torch.zeros(len(x.ids), 2, device=x.ids.device)  # [T, 2]: the token's own edit, the insertion behind it
-    odds[text, 0], odds[gaps, 1] = token_odds, insert_odds
-    edits = torch.stack([op != KEEP, ins_token != GAP], 1)
-    doubt = odds.new_zeros(len(x)).index_add_(0, x.batch, (odds.clamp(min=0) * edits).sum(1))
-    # Deletions make room; but max_edits may undo them, so then only the room that there is already counts.
-    taken = text[op[text] != DEL] if max_edits is None else text
-    free = room - torch.bincount(x.batch[taken], minlength=len(x))
+
+def propose_edits(model, x, prompt_len, active, tokens, max_len: Tensor, max_edits: int | None):
+    """The edits that the model wants to make to the active [B] drafts, within the limits of `refine`: the arguments of
+    `apply_edits`."""
+    token, following, odds = predict_edits(model, x, prompt_len, active, tokens)
+    op, sub_token, ins_token = edit_pass(x, token, following)
+    response = x.positions >= prompt_len[x.batch]
+    # Deletions make way for insertions; but max_edits may undo them, so then all that stands there now counts.
+    stays = response if max_edits is not None else response & (op != DEL)
+    free = max_len + 1 - torch.bincount(x.batch[stays], minlength=len(x))  # the sentinel does not count
+    edits = torch.stack([op != KEEP, ins_token != GAP], 1)  # [T, 2]
     edits[:, 1:] = surest(edits[:, 1:], odds[:, 1:], x, free)
     if max_edits is not None:
-        edits = surest(edits, odds, x, torch.full_like(room, max_edits))
-    return (op.where(edits[:, 0], KEEP), sub_token, ins_token.where(edits[:, 1], GAP)), doubt
+        edits = surest(edits, odds, x, torch.full_like(free, max_edits))
+    return op.where(edits[:, 0], KEEP), sub_token, ins_token.where(edits[:, 1], GAP)
 
 
 def surest(edits: Tensor, odds: Tensor, x: Ragged, count: Tensor) -> Tensor:
@@ -345,51 +351,84 @@ def surest(edits: Tensor, odds: Tensor, x: Ragged, count: Tensor) -> Tensor:
 
 
 def refine(
-    model: nn.Module, x: Ragged, first: Tensor, passes: int, tokens: dict, *, room: Tensor,
+    model: nn.Module, x: Ragged, prompt_len: Tensor, passes: int, tokens: dict, *, max_len: Tensor,
     max_edits: int | None = None, lockstep: bool = False, on_pass: Callable | None = None,
 ) -> tuple[Ragged, Tensor]:  # fmt: skip
     """Phase 2: up to `passes` rounds of edits on closed drafts. Returns the texts and the passes used, int64 [B].
 
-    A sequence is finished, and leaves the batch, when it comes back to a text that it has been before. One edit pass
-    depends on the text alone, so it would go round for ever. Of the texts on the cycle it keeps the one that the model
-    doubts least (`propose_edits`); a text with nothing to edit is a cycle of one.
-    room: int64 [B], tokens that a response may have: only the surest insertions are made when there is no more. Without
-    it a model that does not edit well yet may double its text in every pass. max_edits: at most so many edits per pass
-    and sequence, the surest ones. lockstep: all ranks make forward passes until every one of them is finished.
+    A pass depends on the text alone, so a text that has been there before would go round for ever: its sequence is
+    finished and leaves the batch, most often because there was nothing to edit.
+    max_len: int64 [B], tokens that a response may have: only the surest insertions are made when there is no more room.
+    Without it a model that does not edit well yet may double its text in every pass. max_edits: at most so many edits
+    per pass and sequence, the surest ones. lockstep: all ranks make forward passes until every one is finished.
     """
     active = torch.ones(len(x), dtype=torch.bool, device=x.ids.device)
-    used = torch.zeros_like(first)
-    rows = [tuple(row) for row in x.unpack()]
-    seen = [{} for _ in rows]  # per sequence: text -> doubt, in the order of the passes
+    used = torch.zeros_like(prompt_len)
+    seen = [{tuple(row)} for row in x.unpack()]
     for step in itertools.count():
         if step == passes:
             active = torch.zeros_like(active)
-        if not agree_max(int(active.any()), lockstep, x.ids.device):
-            break
-        edits, doubt = propose_edits(model, x, first, active, tokens, room, max_edits)
+        if not all_reduce_max(int(active.any()), lockstep, x.ids.device):
+            return x, used
+        edits = propose_edits(model, x, prompt_len, active, tokens, max_len, max_edits)
         if on_pass:
             on_pass("edit", step, x, edits)
         x = apply_edits(x, *edits)
         used += active
-        after = [tuple(row) for row in x.unpack()]
-        doubt = doubt.tolist()
-        for b in active.nonzero().flatten().tolist():
-            seen[b][rows[b]] = doubt[b]
-            if after[b] in seen[b]:
-                texts = list(seen[b])
-                after[b] = min(texts[texts.index(after[b]) :], key=seen[b].get)
-                active[b] = False
-        x, rows = Ragged.pack(after, x.ids.device), after
-    return x, used
+        for b, row in enumerate(map(tuple, x.unpack())):
+            active[b] &= row not in seen[b]
+            seen[b].add(row)
 
 
-def agree_max(value: int, lockstep: bool, device) -> int:
+def all_reduce_max(value: int, lockstep: bool, device) -> int:
     """The largest value over all ranks; this rank's own outside lockstep or without torch.distributed."""
     if not (lockstep and dist.is_available() and dist.is_initialized()):
         return value
     value = torch.tensor(value, device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return int(value)
+
+
+@torch.no_grad()
+def decode(
+    model: nn.Module, prompts: list[list[int]], tokens: dict, *,
+    init_num: int = 512, mask_diffusion_step: int = 48, edit_diffusion_step: int = 16, order: str = "confidence",
+    max_edits: int | None = None, seeds: Sequence[int] | None = None, on_step: Callable | None = None,
+) -> list[Generated]:  # fmt: skip
+    """Answer prompts: fill init_num masks in mask_diffusion_step passes, then edit in up to edit_diffusion_step passes.
+
+    prompts: B lists of at least one token id. order of unmasking: "confidence" or "random", the latter from seeds, B
+    ints, by default 0, 1, 2, ... max_edits: per pass and sequence; None for all. No response grows beyond init_num
+    tokens. A prompt gets the same answer alone and in any batch (in float32, and with the same seed if the order is
+    random).
+    on_step(t, x, op, sub_token, ins_token, label) is called with the text before each pass and the edits about to be
+    applied to it; t is the fraction of the planned passes behind it, label "mask" or "edit". Raises ValueError for an
+    empty prompt.
+    """
+    if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
+        raise ValueError(f"prompt {empty[0]} is empty; a prompt needs at least one token")
+    if not prompts:
+        return []
+    device = next(model.parameters()).device
+    x = Ragged.pack([[*prompt, *[tokens["mask"]] * init_num] for prompt in prompts], device)
+    prompt_len = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    seeds = torch.tensor(range(len(prompts)) if seeds is None else seeds, device=device)
+    max_len, mask_passes = torch.full_like(prompt_len, init_num), min(mask_diffusion_step, init_num)
+    passes = torch.full_like(prompt_len, mask_passes)
+
+    def on_pass(label, step, x, edits):
+        done = step if label == "mask" else mask_passes + step
+        if on_step:
+            on_step(done / (mask_passes + edit_diffusion_step), x, *edits, label)
+
+    x = fill_masks(model, x, prompt_len, passes, tokens, order=order, seeds=seeds, on_pass=on_pass)
+    x = close_draft(x, prompt_len, tokens)
+    drafts, limits = contents(x, prompt_len), {"max_len": max_len, "max_edits": max_edits}
+    x, used = refine(model, x, prompt_len, edit_diffusion_step, tokens, **limits, on_pass=on_pass)
+    return [
+        Generated(text, [*text, tokens["eos"]], {"mask_passes": mask_passes, "edit_passes": n}, draft)
+        for draft, text, n in zip(drafts, contents(x, prompt_len), used.tolist())
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- stage 3
@@ -416,34 +455,15 @@ def plan_rollout(progress: float, pred_per_step: Sequence[int], max_steps: int, 
     passes, their number uniform from 0: at first the model learns to repair raw drafts, later also what its own edits
     leave behind, and raw drafts never disappear from the mix.
     """
-    if max_steps < 1 or not pred_per_step or min(pred_per_step) < 1:
-        raise ValueError("--max_diffusion_steps and all of --mask_diffusion_pred_per_step must be at least 1")
     choice = int(torch.randint(len(pred_per_step), (), generator=shared))
     return RolloutPlan(pred_per_step[choice], max_steps, min(progress, 1.0) * float(torch.rand((), generator=shared)))
 
 
-@dataclass(frozen=True)
-class EditBatch:
-    """Closed drafts x and what both heads should say about them.
-
-    token_target [N]: for lm_head at rows token_row. insert_target [M]: for next_token_head at rows insert_row, without
-    the unsupervised gaps. distance: float [B], edits from draft to target. mask_passes, edit_passes: forwards made.
-    """
-
-    x: Ragged
-    token_row: Tensor
-    token_target: Tensor
-    insert_row: Tensor
-    insert_target: Tensor
-    distance: Tensor
-    mask_passes: int = 0
-    edit_passes: int = 0
-
-
+@torch.no_grad()
 def rollout(
     model: nn.Module, examples, plan: RolloutPlan, tokens: dict, *,
-    min_t: float, max_t: float, generator: torch.Generator, order: str = "random", threads: int = 1,
-) -> EditBatch:  # fmt: skip
+    min_t: float, max_t: float, generator: torch.Generator, order: str = "random",
+) -> Batch:  # fmt: skip
     """Let the model draft and edit the responses itself, then label the result against the true ones.
 
     A fraction t ~ U[min_t, max_t] of each response (pads included, stratified over the batch) is masked and filled in
@@ -452,25 +472,24 @@ def rollout(
     comes out depends on this rank's examples alone.
     Raises ValueError where a response cannot be labelled (`response_text`).
     """
-    check_range("intermediate_min_t", min_t, "intermediate_max_t", max_t)
     clean = [response_text(e.response, tokens) for e in examples]
-    x, first = pack_examples(examples)
-    masked = draw_masks(x, first, stratified(len(x), min_t, max_t, generator), generator)
+    x, prompt_len = pack_examples(examples)
+    masked = draw_masks(x, prompt_len, stratified(len(x), min_t, max_t, generator), generator)
     seeds = torch.randint(2**62, (len(x),), generator=generator)
     count = torch.bincount(x.batch[masked], minlength=len(x))
     passes = (-(-count // plan.tokens_per_pass)).clamp(max=plan.max_passes)  # rounded up
     device = next(model.parameters()).device
     x = replace(x, ids=x.ids.index_fill(0, masked, tokens["mask"])).to(device)
-    first, seeds, passes = first.to(device), seeds.to(device), passes.to(device)
-    room = x.lengths - first
+    prompt_len, seeds, passes = prompt_len.to(device), seeds.to(device), passes.to(device)
+    max_len = x.lengths - prompt_len
     longest = int(passes.max())
-    with inference(model):
-        rounds = agree_max(longest, True, device)
-        x = fill_masks(model, x, first, passes, tokens, order=order, seeds=seeds, rounds=rounds)
-        x = close_draft(x, first, tokens)
-        x, used = refine(model, x, first, plan.edit_passes(longest), tokens, room=room, lockstep=True)
-    batch = label_drafts(x, first, clean, tokens, threads)
-    return replace(batch, mask_passes=longest, edit_passes=int(used.max()))
+    rounds = all_reduce_max(longest, True, device)
+    x = fill_masks(model, x, prompt_len, passes, tokens, order=order, seeds=seeds, rounds=rounds)
+    x = close_draft(x, prompt_len, tokens)
+    x, used = refine(model, x, prompt_len, plan.edit_passes(longest), tokens, max_len=max_len, lockstep=True)
+    batch = label_drafts(x, prompt_len, clean, tokens)
+    batch.counts.update(mask_passes=longest, edit_passes=int(used.max()))
+    return batch
 
 
 def response_text(response: Sequence[int], tokens: dict) -> list[int]:
@@ -490,105 +509,106 @@ def response_text(response: Sequence[int], tokens: dict) -> list[int]:
     return response[:end]
 
 
-def label_drafts(x: Ragged, first: Tensor, clean: list[list[int]], tokens: dict, threads: int = 1) -> EditBatch:
-    """Edit labels of closed drafts x against the wanted texts. The label of gap k goes to the row in front of it."""
-    noisy = contents(x, first)
-    labels = edit_labels_batch(noisy, clean, tokens["del"], tokens["eos"], IGNORE, threads)
-    token_target, insert_target = (torch.cat([torch.as_tensor(l[k]) for l in labels]).to(x.ids.device) for k in (0, 1))
-    token_row, insert_row = text_and_gaps(x, first)
-    supervised = insert_target != IGNORE
-    distance = torch.tensor([float((script != KEEP).sum()) for script in edit_scripts(noisy, clean, threads)])
-    return EditBatch(x, token_row, token_target, insert_row[supervised], insert_target[supervised], distance)
+def label_drafts(x: Ragged, prompt_len: Tensor, clean: list[list[int]], tokens: dict) -> Batch:
+    """Edit labels of closed drafts x against the wanted texts. The label of gap k goes to the row in front of it.
 
-
-def rollout_loss(model: nn.Module, batch: EditBatch) -> tuple[Tensor, dict]:
-    """Cross-entropy of both heads on the edit labels: per head the mean over a sample's rows, averaged over samples.
-
-    Returns the loss (float32 scalar, with gradients) and detached metrics.
+    Weights: per head the mean over a sample's rows, averaged over samples.
     """
-    hidden = model(batch.x)  # [T, D]
-
-    def loss(head, row, target):
-        weight = per_sample_mean(batch.x.batch[row], len(batch.x))
-        return weighted_nll(hidden, head, row, target, weight)
-
-    lm = loss(model.lm_head, batch.token_row, batch.token_target)
-    following = loss(model.next_token_head, batch.insert_row, batch.insert_target)
-    metrics = {
-        "loss_edit_lm": lm.detach(),
-        "loss_edit_next": following.detach(),
-        "edit_distance": batch.distance.mean(),
-        "mask_passes": batch.mask_passes,
-        "edit_passes": batch.edit_passes,
-    }
-    return lm + following, metrics
+    noisy, device = contents(x, prompt_len), x.ids.device
+    labels = edit_labels_batch(noisy, clean, tokens["del"], tokens["eos"], IGNORE)
+    token_target, insert_target = (torch.cat([torch.as_tensor(l[k]) for l in labels]).to(device) for k in (0, 1))
+    text, gaps = text_and_gaps(x, prompt_len)
+    gaps, insert_target = gaps[insert_target != IGNORE], insert_target[insert_target != IGNORE]
+    text_weight, gap_weight = (per_sample_mean(x.batch[rows], len(x)) for rows in (text, gaps))
+    distance = [float((script != KEEP).sum()) for script in edit_scripts(noisy, clean)]
+    counts = {"edit_distance": sum(distance) / len(distance)}
+    return Batch("edit", x, text, token_target, text_weight, gaps, insert_target, gap_weight, counts)
 
 
-# ---------------------------------------------------------------------------------------------------- decoder
+# ---------------------------------------------------------------------------------------------------- as a method
+#
+# What train.py, sample.py, evaluate.py and convert.py ask for (plumbing/methods.py lists it).
+
+TITLE = "ME-DLM"
+HEADS = ("lm_head", "next_token_head")
+TOKENS = ("mask", "pad", "del", "eos")
+PACKED = True
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """One answer: the draft of phase 1, the response after phase 2, and the forward passes each phase used."""
-
-    draft: list[int]
-    response: list[int]
-    mask_passes: int
-    edit_passes: int
+def model_flags(f) -> None:
+    """Nothing to remember."""
 
 
-def decode(
-    model: nn.Module,
-    prompts: list[list[int]],
-    tokens: dict,
-    *,
-    init_num: int = 512,
-    mask_diffusion_step: int = 48,
-    edit_diffusion_step: int = 16,
-    order: str = "confidence",
-    max_edits: int | None = None,
-    seeds: Sequence[int] | None = None,
-    on_step: Callable | None = None,
-    progress: Callable | None = None,
-) -> list[Decoded]:
-    """Answer prompts: fill init_num masks in mask_diffusion_step passes, then edit in up to edit_diffusion_step passes.
+def training_flags(f) -> None:
+    f.number("--min_t", low=0, high=1, default=0.0, help="smallest masking probability (a floor applies)")
+    f.number("--max_t", low=0, high=1, default=1.0, help="largest masking probability")
+    f.choice("--loss_norm", choices=["tokens", "bound"], default="tokens",
+             help="published mean over masked tokens / t, or LLaDA's bound")
+    f.flag("--copy_head", help="stage 1: next_token_head starts as a copy of lm_head")
+    f.number("--intermediate_ratio", low=0, high=1, default=0.0, help="stage 3: share of steps trained on rollouts")
+    f.integer("--mask_diffusion_pred_per_step", low=1, nargs="+", default=[2, 4, 8, 16],
+              help="tokens unmasked per rollout pass")
+    f.integer("--max_diffusion_steps", low=1, default=32,
+              help="most passes of a rollout; the edit passes among them grow with training progress")
+    f.number("--intermediate_min_t", low=0, high=1, default=0.0, help="smallest share masked before a rollout")
+    f.number("--intermediate_max_t", low=0, high=1, default=1.0, help="largest share masked before a rollout")
+    f.choice("--rollout_order", choices=ORDERS, default="random", help="order in which a rollout unmasks")
 
-    prompts: B lists of at least one token id. tokens: see `special_tokens`. order of unmasking: "confidence" or
-    "random", the latter from seeds, B ints, by default 0, 1, 2, ... max_edits: per pass and sequence; None for all. No
-    response grows beyond init_num tokens. A prompt gets the same answer alone and in any batch (in float32, and with
-    the same seed if the order is random).
-    on_step(t, x, op, sub_token, ins_token, label) is called with the text before each pass and the edits about to be
-    applied to it; t is the fraction of the planned passes behind it, label "mask" or "edit". progress(done, planned)
-    follows each pass. Raises ValueError for an empty prompt or an impossible setting.
-    """
-    if order not in ORDERS:
-        raise ValueError(f"unknown order {order!r}; choose one of {', '.join(ORDERS)}")
-    if min(init_num, edit_diffusion_step) < 0 or mask_diffusion_step < 1 or (max_edits is not None and max_edits < 1):
-        raise ValueError("need mask_diffusion_step >= 1, max_edits >= 1, init_num >= 0 and edit_diffusion_step >= 0")
-    if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
-        raise ValueError(f"prompt {empty[0]} is empty; a prompt needs at least one token")
-    if not prompts:
-        return []
 
-    device = next(model.parameters()).device
-    x = Ragged.pack([list(prompt) + [tokens["mask"]] * init_num for prompt in prompts], device)
-    first = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    seeds = torch.tensor(range(len(prompts)) if seeds is None else seeds, device=device)
-    mask_passes = min(mask_diffusion_step, init_num)
-    planned = mask_passes + edit_diffusion_step
+def sampling_flags(f) -> None:
+    f.integer("--mask_diffusion_step", "-m", low=1, default=48, help="passes that fill masks")
+    f.integer("--edit_diffusion_step", "-e", low=0, default=16, help="most passes that edit")
+    f.choice("--order", choices=ORDERS, default="confidence", help="which masks are filled first")
+    f.integer("--max_edits", low=1, help="most edits per pass (default: all)")
 
-    def on_pass(label, step, x, edits):
-        done = step if label == "mask" else mask_passes + step
-        if on_step:
-            on_step(done / planned, x, *edits, label)
-        if progress:
-            progress(done + 1, planned)
 
-    with inference(model):
-        passes = torch.full_like(first, mask_passes)
-        x = fill_masks(model, x, first, passes, tokens, order=order, seeds=seeds, on_pass=on_pass)
-        x = close_draft(x, first, tokens)
-        drafts = contents(x, first)
-        room = torch.full_like(first, init_num)
-        x, used = refine(model, x, first, edit_diffusion_step, tokens, room=room, max_edits=max_edits, on_pass=on_pass)
-    return [Decoded(d, r, mask_passes, n) for d, r, n in zip(drafts, contents(x, first), used.tolist())]
+def remember(args, stored: dict) -> dict:
+    return {}
+
+
+def check_flags(args) -> None:
+    for low, high in (("min_t", "max_t"), ("intermediate_min_t", "intermediate_max_t")):
+        if getattr(args, low) >= getattr(args, high):
+            raise ValueError(f"--{low} {getattr(args, low)} must be below --{high} {getattr(args, high)}")
+    if args.max_t <= MIN_T:
+        raise ValueError(f"--max_t {args.max_t} leaves nothing to draw from: t is kept above {MIN_T}")
+    if args.intermediate_ratio and args.pad_len and not args.insert_eos:
+        raise ValueError("--intermediate_ratio with --pad_len needs --insert_eos True: eos divides text from pads")
+
+
+def check_example(example, settings) -> None:
+    if settings.intermediate_ratio:
+        response_text(example.response, settings.tokens)
+
+
+def start(model, settings, examples, resumed: bool) -> None:
+    if settings.copy_head and not resumed:
+        model.next_token_head.load_state_dict(model.lm_head.state_dict())
+
+
+def prepare(model, examples: list, settings, progress: float, rng, shared_rng) -> Batch:
+    s = settings
+    if torch.rand((), generator=shared_rng) < s.intermediate_ratio:
+        plan = plan_rollout(progress, s.mask_diffusion_pred_per_step, s.max_diffusion_steps, shared_rng)
+        limits = {"min_t": s.intermediate_min_t, "max_t": s.intermediate_max_t}
+        return rollout(model, examples, plan, s.tokens, **limits, order=s.rollout_order, generator=rng)
+    limits = {"min_t": s.min_t, "max_t": s.max_t}
+    return mask_batch(examples, mask_id=s.tokens["mask"], **limits, loss_norm=s.loss_norm, generator=rng)
+
+
+def passes(settings) -> int:
+    return min(settings.mask_diffusion_step, settings.init_num) + settings.edit_diffusion_step
+
+
+def room(settings) -> int:
+    return settings.init_num
+
+
+def generate(model, prompts: list, settings, seeds: list[int], drafts=None, on_step=None) -> list[Generated]:
+    if drafts:
+        raise ValueError("--draft is for Edit Flows checkpoints; ME-DLM writes its draft itself")
+    s = settings
+    return decode(
+        model, prompts, s.tokens, init_num=s.init_num, mask_diffusion_step=s.mask_diffusion_step,
+        edit_diffusion_step=s.edit_diffusion_step, order=s.order, max_edits=s.max_edits, seeds=seeds, on_step=on_step,
+    )  # fmt: skip

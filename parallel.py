@@ -2,14 +2,14 @@
 
 What each of N processes keeps of a model with P parameters in float32, in bytes:
 
-                      weights    gradients   AdamW's moments
-    ddp               4 P        4 P         8 P               everything everywhere; gradients are averaged
-    zero1             4 P        4 P         8 P / N           each updates its share, then hands the new weights round
-    fsdp              4 P / N    4 P / N     8 P / N           a block is gathered when its turn comes, then let go
+                             weights        gradients   AdamW's moments
+    ddp                      4 P            4 P         8 P        everything everywhere; gradients are averaged
+    fsdp (ZeRO-3)            4 P / N        4 P / N     8 P / N    a block is gathered when its turn comes, then let go
+    fsdp, reshard_after_forward False (ZeRO-2)                     blocks stay gathered until their backward pass: one
+                             4 P / N + 4 P  4 P / N     8 P / N    exchange less; `--parallel zero1` is another name
 
-Under fsdp with `reshard_after_forward` False (ZeRO-2), blocks stay gathered until their backward pass: one exchange
-less, 4 P more. While micro-batches are accumulated nobody exchanges gradients before the last one, so under fsdp they
-lie there whole, 4 P, until then. The embedding and the heads are one piece, gathered for the whole step.
+While micro-batches are accumulated nobody exchanges gradients before the last one, so under fsdp they lie there whole,
+4 P, until then. The embedding and the heads are one piece, gathered for the whole step.
 
 All modes compute the same: the mean gradient over the micro-batches of all processes.
 """
@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -82,7 +81,7 @@ class Ranks:
         if self.is_main:
             tqdm.write(text, file=sys.stderr)
 
-    def most(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest value over all processes. On CPU, so that no GPU is waited for."""
         if self.world == 1:
             return value
@@ -105,13 +104,13 @@ class Ranks:
         return {k: sum(s.get(k, 0) for s, _ in everyone) / sum(n.get(k, 0) for _, n in everyone) for k in keys}
 
     def barrier(self) -> None:
-        self.most(0)
+        self.all_reduce_max(0)
 
 
-# ---------------------------------------------------------------------------------------------------- modes
+# ---------------------------------------------------------------------------------------------------- the model
 
 
-class LossModule(nn.Module):
+class Callee(nn.Module):
     """DDP and FSDP act around forward(); so everything that a step computes, heads included, happens inside one."""
 
     def __init__(self, model: nn.Module):
@@ -122,153 +121,137 @@ class LossModule(nn.Module):
         return function(self.model, *args, **kwargs)
 
 
-def distribute(module: LossModule, mode: str, ranks: Ranks, reshard_after_forward: bool = True) -> nn.Module:
-    """The module to call for losses: for fsdp the same one, its weights now sharded, else inside DDP. One process alone
-    keeps it as it is."""
-    if ranks.world == 1:
-        return module.to(ranks.device)
-    if mode == "fsdp":
-        return shard(module, reshard_after_forward)
-    device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    call = DistributedDataParallel(
-        module.to(ranks.device), device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
-    # DDP sorts its buckets anew after the first backward pass. With that behind us, a run that goes on adds gradients
-    # in the same order as one that never stopped.
-    call(lambda model: sum(p.sum() for p in model.parameters() if p.requires_grad)).backward()
-    clear_gradients(call)
-    return call
+class ParallelModel:
+    """The one handle on a model, wherever its pieces lie: parallel_model(f, ...) is f(model, ...) on every process.
+
+    When that makes gradients, backward() averages them over the processes.
+    """
+
+    def __init__(self, model: nn.Module, mode: str, ranks: Ranks, reshard_after_forward: bool = True):
+        self.plain, self.ranks, self.callee = model, ranks, Callee(model)
+        self.is_sharded = mode != "ddp" and ranks.world > 1
+        if self.is_sharded:  # FSDP2, in place: one group per block, and one for what is left (embedding, norms, heads)
+            for block in model.model.layers:
+                fully_shard(block, reshard_after_forward=reshard_after_forward and mode == "fsdp")
+            fully_shard(self.callee, reshard_after_forward=False)
+            return
+        self.callee.to(ranks.device)
+        if ranks.world > 1:
+            device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+            self.callee = DistributedDataParallel(
+                self.callee, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+            # DDP sorts its buckets anew after the first backward pass. With that behind us, a run that goes on adds
+            # gradients in the same order as one that never stopped.
+            self(lambda model: sum(p.sum() for p in model.parameters() if p.requires_grad)).backward()
+            self.zero_grad()
+
+    def __call__(self, function, *args, **kwargs):
+        return self.callee(function, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def inference(self):
+        """No gradients and no dropout inside."""
+        self.callee.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.callee.train()
+
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool):
+        """Around the forward and backward pass of a micro-batch: gradients are exchanged with the last one only."""
+        if self.is_sharded:
+            self.callee.set_requires_gradient_sync(last)
+        with contextlib.nullcontext() if last or not hasattr(self.callee, "no_sync") else self.callee.no_sync():
+            yield
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scales the gradients so that their norm over all processes is at most max_norm; returns what it was."""
+        return full_tensor(nn.utils.clip_grad_norm_(self.plain.parameters(), max_norm))
+
+    def zero_grad(self) -> None:
+        """DDP's gradients stay where they are, in its buckets: set to None, they would be made again, outside."""
+        self.callee.zero_grad(set_to_none=not isinstance(self.callee, DistributedDataParallel))
+
+    def reshard(self) -> None:
+        """Lets go what forward passes without a backward pass have left gathered."""
+        if self.is_sharded:
+            self.callee.reshard()
+
+    def run_on_rank0(self, function, *args):
+        """function(model, ...) on rank 0, for work in which nobody can say beforehand how many forward passes it takes.
+        A sharded model makes these on all processes together. Returns None on the others."""
+        if not self.is_sharded:
+            return function(self.plain, *args) if self.ranks.is_main else None
+        return self(_rank0_leads, self.ranks, function, *args)
 
 
-def shard(module: LossModule, reshard_after_forward: bool = True) -> LossModule:
-    """FSDP2, in place: one group per block, and one for what is left (embedding, norms, heads)."""
-    for block in module.model.model.layers:
-        fully_shard(block, reshard_after_forward=reshard_after_forward)
-    return fully_shard(module, reshard_after_forward=False)
-
-
-def adamw(model: nn.Module, mode: str, ranks: Ranks, *, lr: float, beta2: float, weight_decay: float):
-    """AdamW over what is to be trained; weight decay on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    settings = {"lr": lr, "betas": (0.9, beta2), "fused": True}
-    if mode == "zero1" and ranks.world > 1:
-        return ZeroRedundancyOptimizer([g for g in groups if g["params"]], torch.optim.AdamW, **settings)
-    return torch.optim.AdamW(groups, **settings)
-
-
-@contextlib.contextmanager
-def accumulating(module: nn.Module, last: bool):
-    """Around the forward and backward pass of a micro-batch: gradients are exchanged with the last one only."""
-    if hasattr(module, "set_requires_gradient_sync"):
-        module.set_requires_gradient_sync(last)
-    with contextlib.nullcontext() if last or not hasattr(module, "no_sync") else module.no_sync():
-        yield
-
-
-def clear_gradients(call: nn.Module) -> None:
-    """DDP's gradients stay where they are, in its buckets: set to None, they would be made again, outside."""
-    call.zero_grad(set_to_none=not isinstance(call, DistributedDataParallel))
-
-
-def clip_gradients(parameters: list, max_norm: float) -> Tensor:
-    """Scales the gradients so that their norm over all processes is at most max_norm; returns what it was."""
-    return whole(nn.utils.clip_grad_norm_(parameters, max_norm))
-
-
-def lead(model: nn.Module, ranks: Ranks, function):
-    """function() on rank 0, whose forward passes all processes make together: for work in which nobody can say
-    beforehand how many it takes, with a model that no process has whole. Returns None on the others."""
-
+def _rank0_leads(model: nn.Module, ranks: Ranks, function, *args):
     def announce(inputs):
         shared = [inputs and [z.to("cpu") for z in inputs]]
         dist.broadcast_object_list(shared, src=0)
         return shared[0] and [z.to(ranks.device) for z in shared[0]]
 
     if not ranks.is_main:
-        with torch.no_grad():
-            while inputs := announce(None):
-                model(*inputs)
+        while inputs := announce(None):
+            model(*inputs)
         return None
     hook = model.register_forward_pre_hook(lambda _, inputs: tuple(announce(inputs)))
     try:
-        return function()
+        return function(model, *args)
     finally:
         hook.remove()
         announce(None)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor put together (all processes must ask); any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def adamw(model: nn.Module, *, lr: float, beta2: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over what is to be trained; weight decay on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=True)
+
+
 # ---------------------------------------------------------------------------------------------------- checkpoints
-
-
-def gather_state(model: nn.Module, ranks: Ranks, wanted=None) -> dict[str, Tensor]:
-    """The state dict of the whole model, on the CPU of rank 0; elsewhere empty. All processes must call.
-
-    wanted: says of a name whether it is; by default all are.
-    """
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if wanted and not wanted(name):
-            continue
-        tensor = whole(tensor)
-        if ranks.is_main:
-            state[name] = tensor.detach().cpu().contiguous()
-    return state
-
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def own_share(optimizer) -> torch.optim.Optimizer:
-    """The optimizer of this process's parameters: under zero1 one inside, of a share of them."""
-    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
-
-
-def moments(optimizer) -> dict:
-    """The optimizer's state on this process: parameter -> {name in MOMENTS: tensor}."""
-    return own_share(optimizer).state
-
-
-def gather_moments(model: nn.Module, optimizer, ranks: Ranks) -> dict[str, Tensor]:
-    """The whole optimizer state as "parameter.moment" -> tensor, on the CPU of rank 0. All processes must call."""
-    mine = moments(optimizer)
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    owners = {}  # the first process that has a parameter's state: under zero1 only one has
-    for rank, names in reversed(list(enumerate(ranks.gather([name for name, p in named.items() if p in mine])))):
-        owners |= dict.fromkeys(names, rank)
+def gather(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Named tensors, each put together, on the CPU of rank 0; elsewhere empty. All processes must call."""
     found = {}
-    for name, p in named.items():
-        for key in MOMENTS if name in owners else ():
-            value = whole(mine[p][key]).detach().cpu().contiguous() if p in mine else None
-            if owners[name] and ranks.is_main:
-                value = torch.empty((), dtype=torch.float32) if key == "step" else torch.empty(p.shape, dtype=p.dtype)
-                dist.recv(value, src=owners[name])
-            elif owners[name] == ranks.rank and not ranks.is_main:
-                dist.send(value, dst=0)
-            if ranks.is_main:
-                found[f"{name}.{key}"] = value
+    for name, tensor in tensors.items():
+        tensor = full_tensor(tensor)
+        if ranks.is_main:
+            found[name] = tensor.detach().cpu().contiguous()
     return found
 
 
-def restore_moments(model: nn.Module, optimizer, stored) -> None:
-    """Fills the optimizer from an open safetensors file that `gather_moments` filled; each process takes its share."""
-    names, mine = set(stored.keys()), moments(optimizer)
-    kept = {id(p) for group in own_share(optimizer).param_groups for p in group["params"]}
+def moments(model: nn.Module, optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as "parameter.moment" -> tensor, as sharded as the parameters are."""
+    state = optimizer.state
+    return {f"{n}.{key}": state[p][key] for n, p in model.named_parameters() if p in state for key in MOMENTS}
+
+
+def restore_moments(model: nn.Module, optimizer, stored: dict[str, Tensor]) -> None:
+    """Fills the optimizer with what `gather` made of `moments`; each process takes its share."""
     for name, p in model.named_parameters():
-        if id(p) in kept and f"{name}.step" in names:
-            mine[p] = {key: place(stored.get_tensor(f"{name}.{key}"), p) for key in MOMENTS}
+        if f"{name}.step" in stored:
+            optimizer.state[p] = {key: like(stored[f"{name}.{key}"], p) for key in MOMENTS}
 
 
-def place(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor on the device of `like`, and sharded as it is."""
-    if isinstance(like, DTensor) and value.shape == like.shape:
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return value.to(like.device)
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor on the device of the parameter, and sharded as it is."""
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value

@@ -9,13 +9,20 @@ the fences, which is all that `apply_edits` does.
 
 The same object travels through data, model, loss and sampler. Shapes in this repository: T tokens, B sequences,
 D hidden, V vocabulary, N selected rows.
+
+    Ragged         the row and its fences
+    apply_edits    one round of edits
+    uniform_noise  random numbers that do not depend on the batch; `stratified`: ones that cover it evenly
+    Generated      what a method returns for one prompt
+    weighted_nll   cross-entropy on chosen rows
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 KEEP, SUB, DEL, INS = 0, 1, 2, 3  # the edits, in the order in which ties are broken (edit_distance.c)
 GAP = -1  # "no token here": the other side of an insertion or a deletion
@@ -80,6 +87,26 @@ class Ragged:
         return torch.arange(len(self.ids), device=self.ids.device) - self.cu_seqlens[self.batch].long()
 
 
+@dataclass
+class Generated:
+    """What a method returns for one prompt.
+
+    response  token ids up to the end of the message
+    tokens    the response as it stood in the end: with its end-of-message and whatever stands behind
+    passes    forward passes made, by name
+    draft     the token ids that were edited to become the response; None where there was no draft
+    details   other counts, by name
+    note      a sentence for whoever reads the text, or ""
+    """
+
+    response: list[int]
+    tokens: list[int]
+    passes: dict[str, int]
+    draft: list[int] | None = None
+    details: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
 def apply_edits(x: Ragged, op: Tensor, sub_token: Tensor, ins_token: Tensor) -> Ragged:
     """One round of edits, all at once.
 
@@ -107,9 +134,83 @@ def uniform_noise(seed: Tensor, step: int, position: Tensor, stream: int | Tenso
     return (_mix(key + position) >> 12 & 0xFFFFFFFFFFFFF).double().add(0.5) * 2.0**-52
 
 
+def stratified(n: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """n numbers, float [n], each U[low, high], one from each of n equal strata, in random order.
+
+    A batch then always holds early and late times (few and many masks), which lowers the variance of the loss.
+    """
+    stratum = torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)
+    return low + (high - low) * stratum / max(n, 1)
+
+
 def _mix(z: Tensor) -> Tensor:
     """SplitMix64: add the golden ratio, then scramble. Torch's >> keeps the sign; the masks make it a logical shift."""
     z = z - 0x61C8864680B583EB
     z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return z ^ (z >> 31 & 0x1FFFFFFFF)
+
+
+# ---------------------------------------------------------------------------------------------------- cross-entropy
+
+CHUNK_FLOATS = 1 << 24  # logits held at a time: 64 MB in float32
+
+
+def weighted_nll(hidden: Tensor, head: nn.Linear, row: Tensor, token: Tensor, weight: Tensor) -> Tensor:
+    """Sum over e of  weight_e * -log softmax(head(hidden[row_e]))[token_e],  without [N, V] floats.
+
+    hidden [N, D]; row, token int64 [E]; weight float [E]. Several e may share a row (many insertions in one gap): each
+    row is projected once. E and N may be 0; the head then still takes part in the graph, with a zero gradient.
+    Returns a float32 scalar. (`torch.nn.functional.linear_cross_entropy` gives the same, 1.9 times slower on a CPU:
+    it projects a row once for each of its tokens.)
+    """
+    used, row = row.unique(return_inverse=True)
+    if len(used) and not hidden.is_cuda:
+        used = F.pad(used, (0, -len(used) % 64))  # rows of weight 0: `models.pad_rows` says why
+    return _WeightedNLL.apply(hidden[used], head.weight, head.bias, row, token, weight.float())
+
+
+class _WeightedNLL(torch.autograd.Function):
+    """The gradient is computed chunk by chunk in the forward pass, while the logits of the chunk are at hand."""
+
+    @staticmethod
+    def forward(ctx, hidden, W, bias, row, token, weight):
+        N, V = len(hidden), len(W)
+        need_grad = any(ctx.needs_input_grad[:3])
+        # the caller's autocast decides the precision of the products; sums and softmax are float32
+        kind = (
+            torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else W.dtype
+        )
+        H, W_ = hidden.to(kind), W.to(kind)
+        row_weight = hidden.new_zeros(N, dtype=torch.float32).index_add_(0, row, weight)
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        d_hidden, d_W, d_bias = torch.zeros_like(hidden), torch.zeros_like(W) if need_grad else None, None
+        if need_grad and bias is not None:
+            d_bias = torch.zeros_like(bias)
+        order = row.argsort()
+        row, token, weight = row[order], token[order], weight[order]
+        step = max(1, CHUNK_FLOATS // V)
+        fences = torch.searchsorted(row, torch.arange(0, N + step, step, device=row.device)).tolist()
+        for i, start in enumerate(range(0, N, step)):
+            rows, edits = slice(start, start + step), slice(fences[i], fences[i + 1])
+            logits = F.linear(H[rows], W_).float()  # [n, V]
+            logits = logits if bias is None else logits.add_(bias.float())
+            lse = logits.logsumexp(1)
+            r, tok, w = row[edits] - start, token[edits], weight[edits]
+            loss += (row_weight[rows] * lse).sum() - (w * logits[r, tok]).sum()
+            if need_grad:  # d logits = row_weight * softmax - sum of weighted one-hots
+                grad = logits.sub_(lse[:, None]).exp_().mul_(row_weight[rows, None])
+                grad.index_put_((r, tok), -w, accumulate=True)
+                if d_bias is not None:
+                    d_bias += grad.sum(0)
+                grad = grad.to(kind)
+                d_hidden[rows] = grad @ W_
+                d_W += grad.T @ H[rows]
+        ctx.grads = d_hidden, d_W, d_bias
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        grads = [None if g is None else g.mul_(d_loss.to(g.dtype)) for g in ctx.grads]  # ours alone: no copy
+        ctx.grads = None
+        return *grads, None, None, None

@@ -1,6 +1,7 @@
 """What the four scripts share on the command line: flags in the published spelling, and errors in one line."""
 
 import argparse
+import contextlib
 import operator
 import sys
 from dataclasses import dataclass
@@ -83,20 +84,48 @@ def shortened(text: str) -> str:
 
 
 class Flags(argparse.ArgumentParser):
-    """argparse with full flag names only, defaults in the help, and booleans as --flag, --flag True or --flag False."""
+    """argparse with full flag names only, defaults in the help, and booleans as --flag, --flag True or --flag False.
+
+    `group` begins a section of the help; the methods below it add a flag to the latest section.
+    """
 
     def __init__(self, description: str):
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         self.register("type", None, name)
+        self.section = self
 
     def error(self, message: str):
         """One line, exit status 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
 
-    def flag(self, *names: str, default=False, help: str):
-        self.add_argument(*names, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help)
+    def group(self, title: str) -> None:
+        self.section = self.add_argument_group(title)
+
+    @contextlib.contextmanager
+    def exclusive(self):
+        """Of the flags added inside, only one may be given."""
+        section, self.section = self.section, self.section.add_mutually_exclusive_group()
+        yield
+        self.section = section
+
+    def choice(self, *names: str, **options) -> None:
+        self.section.add_argument(*names, **options)
+
+    def flag(self, *names: str, default=False, **options) -> None:
+        options |= {"type": boolean, "nargs": "?", "const": True, "default": default, "metavar": "BOOL"}
+        self.section.add_argument(*names, **options)
+
+    def number(self, *names: str, low=None, high=None, above=None, below=None, **options) -> None:
+        self.section.add_argument(*names, type=number(float, low, high, above, below), **options)
+
+    def integer(self, *names: str, low=None, high=None, **options) -> None:
+        self.section.add_argument(*names, type=number(int, low, high), **options)
+
+    def text(self, *names: str, read=str, **options) -> None:
+        """A text that the function `read` accepts without a ValueError."""
+        self.section.add_argument(*names, type=spec(read), **options)
 
 
 def run(main) -> None:

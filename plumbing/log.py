@@ -3,8 +3,11 @@
 import contextlib
 import json
 import math
+import sys
 import time
 from pathlib import Path
+
+from tqdm import tqdm
 
 from parallel import Ranks
 from plumbing.checkpoints import trim_metrics
@@ -18,12 +21,14 @@ class Log:
 
     PATIENCE = 10  # steps in a row without a finite loss and gradient
 
-    def __init__(self, out: Path, state: dict, args, ranks: Ranks):
-        self.file, self.ranks = out / "metrics.jsonl", ranks
+    def __init__(self, out: Path, state: dict, steps: int, args, ranks: Ranks):
+        self.file, self.ranks, self.steps, self.every = out / "metrics.jsonl", ranks, steps, args.logging_steps
+        pause = 0.2 if sys.stderr.isatty() else 20  # seconds between updates of the bar: a log file wants few
+        self.bar = tqdm(total=steps, initial=state["step"], disable=not ranks.is_main, unit="step", mininterval=pause)
         lines = trim_metrics(self.file, state["step"]) if ranks.is_main else []
         self.start = time.monotonic() - max((line.get("seconds", 0.0) for line in lines), default=0.0)
         evaluated = [line["step"] for line in lines if "eval_loss" in line]
-        self.last_eval = ranks.most(max(evaluated, default=0))
+        self.last_eval = ranks.all_reduce_max(max(evaluated, default=0))
         self.board = None
         if ranks.is_main and args.report_to == "tensorboard":
             try:
@@ -50,22 +55,33 @@ class Log:
         }  # fmt: skip
 
     def reset(self) -> None:
-        self.sums, self.counts, self.tokens, self.since = {}, {}, 0, time.monotonic()
+        self.sums, self.counts, self.tokens, self.since, self.micro_batches = {}, {}, 0, time.monotonic(), []
 
-    def add(self, micro_batches: list[dict], tokens: int, grad_norm) -> None:
-        """A step: the metrics of its micro-batches. Tensors stay on their device until they are written."""
-        norm = [{"grad_norm": grad_norm}] if self.ranks.is_main else []  # of all processes together: counted once
-        for metrics in micro_batches + norm:
+    def collect(self, loss, metrics: dict, examples: list) -> None:
+        """A micro-batch. Tensors stay on their device until they are written."""
+        self.micro_batches.append(({"loss": loss.detach(), **metrics}, sum(map(len, examples))))
+
+    def is_finite(self, grad_norm) -> bool:
+        """Whether the step can be made, as far as this process sees."""
+        losses = [float(metrics["loss"]) for metrics, _ in self.micro_batches]
+        return all(map(math.isfinite, [float(grad_norm), *losses]))
+
+    def add(self, grad_norm) -> None:
+        """The step was made: what has been collected counts."""
+        norm = [({"grad_norm": grad_norm}, 0)] if self.ranks.is_main else []  # of all processes: counted once
+        for metrics, tokens in self.micro_batches + norm:
             for name, value in metrics.items():
                 self.sums[name] = self.sums.get(name, 0) + value
                 self.counts[name] = self.counts.get(name, 0) + 1
-        self.tokens += tokens
-        self.skipped_in_a_row = 0
+            self.tokens += tokens
+        self.skipped_in_a_row, self.micro_batches = 0, []
+        self.bar.update()
 
-    def skip(self, step: int, micro_batches: list[dict], batches: list, tokenizer) -> None:
-        """A step that was not made. Raises ValueError after too many in a row, with the batch saved."""
+    def skip(self, step: int, batches: list, tokenizer) -> None:
+        """The step was not made. Raises ValueError after too many in a row, with the batch saved."""
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-        losses = [float(metrics["loss"]) for metrics in micro_batches]
+        losses, self.micro_batches = [float(metrics["loss"]) for metrics, _ in self.micro_batches], []
+        self.bar.update()
         self.ranks.say(
             f"step {step + 1} skipped: loss or gradient not finite (losses {', '.join(f'{x:.3g}' for x in losses)}; "
             f"{self.skipped} skipped so far)"
@@ -87,13 +103,15 @@ class Log:
         )
 
     @contextlib.contextmanager
-    def aside(self):
+    def paused(self):
         """Around work that is no training: its time does not count in tokens per second."""
         begin = time.monotonic()
         yield
         self.since += time.monotonic() - begin
 
-    def write(self, step: int, lr: float) -> dict:
+    def write_when_due(self, step: int, lr: float) -> None:
+        if step % self.every and step != self.steps:
+            return
         means = self.ranks.mean({name: float(total) for name, total in self.sums.items()}, self.counts)
         speed = self.tokens * self.ranks.world / (time.monotonic() - self.since)
         skipped = {"skipped_steps": self.skipped} if self.skipped else {}
@@ -101,7 +119,7 @@ class Log:
         self.append({"step": step, **means, "lr": lr, **skipped, **measured})
         self.reset()
         shown = {"loss": f"{means.get('loss', math.nan):.3f}", "lr": f"{lr:.1e}", "tok/s": f"{speed:.0f}"}
-        return shown | {name: str(n) for name, n in skipped.items()}
+        self.bar.set_postfix(shown | skipped, refresh=False)
 
     def write_eval(self, step: int, values: dict) -> None:
         self.append({"step": step, **values})

@@ -37,5 +37,5 @@ PY
       train medlm $START --loss_norm bound --pad_len 32 --max_length 512 --per_device_train_batch_size 4
     fi
   done
-  $PYTHON trace.py plot "$OUT/$METHOD-pretrained" "$OUT/$METHOD-random" -o "$OUT/$METHOD.png"
+  $PYTHON recipes/plot.py "$OUT/$METHOD-pretrained" "$OUT/$METHOD-random" -o "$OUT/$METHOD.png"
 done

@@ -16,4 +16,4 @@ $PYTHON train.py --method editflow --dataset_args "$TEXT" --max_length 128 --x0_
   --warmup_ratio 0.05 --weight_decay 0.05 --max_steps ${STEPS:-5000} --eval_steps 500 --logging_steps 50 --output_dir "$OUT"
 
 $PYTHON sample.py --model_name_or_path "$OUT" --tau 0.01 --mask_length 64 --seed 42 --top_p 0.9 --make_gif "$OUT/decode_trace.gif"
-$PYTHON trace.py plot "$OUT" -o "$OUT/loss.png"
+$PYTHON recipes/plot.py "$OUT" -o "$OUT/loss.png"

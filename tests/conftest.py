@@ -18,9 +18,10 @@ import torch
 from fleet import TINY
 from safetensors.torch import load_file
 
-import data
 import models
-from plumbing import cli, streaming
+import toy
+from plumbing import checkpoints, cli, feed
+from plumbing.tokenizer import load_tokenizer, train_tokenizer
 
 NO_NUMBER = ["abc", "", "nan", "inf", "1e999", "1,5", "-1", "9" * 5000]
 HANGING = 60  # seconds after which a command counts as hanging
@@ -48,23 +49,23 @@ def save_checkpoint(directory, method="editflow", tokenizer=None, rows=None, siz
     The rates of Edit Flows are high enough that a few steps write something. rows: of the embedding, if not one for
     each token. sizes: what differs from TINY. settings: what the checkpoint remembers, such as x0_sampler.
     """
-    tokenizer = tokenizer or data.toy_tokenizer()
+    tokenizer = tokenizer or toy.tokenizer()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.PRESETS, "small", TINY | (sizes or {}))
-        model = models.build(method, "small", rows or tokenizer.vocab_size, **settings)
+        model = checkpoints.new_model(method, "small", rows or tokenizer.vocab_size, **settings)
     if method == "editflow":
         torch.nn.init.constant_(model.rate_heads[0].bias, 0.5)
-    models.save(model, directory)
+    checkpoints.save(model, directory)
     tokenizer.save(directory)
     return Path(directory)
 
 
 def save_encoder(directory, method: str, family: str, positions: int) -> Path:
     """Like save_checkpoint, with one of the backbones that have absolute positions."""
-    tokenizer = data.toy_tokenizer()
+    tokenizer = toy.tokenizer()
     config = {"model_type": family, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": positions}
-    config = models.complete_config(TINY | config | {"nanoedit": {"method": method}})
-    models.save(models.METHODS[method](config), directory)
+    config = checkpoints.complete_config(TINY | config | {"nanoedit": {"method": method}})
+    checkpoints.save(checkpoints.build(config), directory)
     tokenizer.save(directory)
     return Path(directory)
 
@@ -79,7 +80,7 @@ def save_every_form(root: Path) -> None:
     for name in ("flow", "shards", "bin", "bins", "words", "merges"):
         save_checkpoint(root / name, schedule="cubic", x0_sampler="masks[length:4]")
     save_checkpoint(root / "medlm", "medlm")
-    save_checkpoint(root / "chat", tokenizer=data.train_tokenizer([WORDS], 300), x0_sampler="empty")
+    save_checkpoint(root / "chat", tokenizer=train_tokenizer([WORDS], 300), x0_sampler="empty")
 
     weights, part = load_file(root / "flow/model.safetensors"), "model-00001-of-00001.safetensors"
     (root / "shards/model.safetensors").rename(root / "shards" / part)
@@ -92,7 +93,7 @@ def save_every_form(root: Path) -> None:
     vocabulary = list(json.loads((root / "flow/tokenizer.json").read_text())["model"]["vocab"])
     for name in ("words", "merges"):
         (root / name / "tokenizer.json").unlink()
-    (root / "words/vocab.txt").write_text("\n".join([*vocabulary[:-1], "[UNK]"]))
+    (root / "words/vocab.txt").write_text("\n".join([*vocabulary[:-3], "[UNK]", "[CLS]", "[SEP]"]))
     write_json(root / "merges/vocab.json", {token: i for i, token in enumerate(["a", "b", "ab", *vocabulary[:20]])})
     (root / "merges/merges.txt").write_text("#version: 0.2\na b\n")
 
@@ -102,7 +103,7 @@ def save_every_form(root: Path) -> None:
         model_type="bpe", byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
     )  # fmt: skip
     write_json(root / "spiece/tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
-    save_checkpoint(root / "spiece", tokenizer=data.load_tokenizer(root / "spiece"), x0_sampler="empty")
+    save_checkpoint(root / "spiece", tokenizer=load_tokenizer(root / "spiece"), x0_sampler="empty")
 
 
 # ---------------------------------------------------------------------------------------------------- records
@@ -204,7 +205,7 @@ def offline(tmp_path, monkeypatch):
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
-    monkeypatch.setattr(streaming, "WAITS", (0.01,))
+    monkeypatch.setattr(feed, "WAITS", (0, 0.01))
 
 
 def flags_of(script) -> list:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import toy
 from data import Example, Source
 from plumbing.tokenizer import DEL_TOKEN, SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
 
@@ -160,7 +161,7 @@ def test_trained_tokenizers_agree_with_transformers(kind, tmp_path):
 
 
 def test_save_and_load_change_nothing(bpe, tmp_path):
-    for tokenizer in (bpe, data.toy_tokenizer()):
+    for tokenizer in (bpe, toy.tokenizer()):
         tokenizer.save(tmp_path)
         again = load_tokenizer(tmp_path)
         assert (again.config, again.chat_template) == (tokenizer.config, tokenizer.chat_template)
@@ -259,7 +260,7 @@ def test_what_a_tokenizer_refuses(bpe, tmp_path):
     with pytest.raises(ValueError, match="too small"):
         train_tokenizer([CORPUS], 100)
     with pytest.raises(ValueError, match="no chat template"):
-        data.toy_tokenizer().chat(DIALOGUE)
+        toy.tokenizer().chat(DIALOGUE)
 
 
 @pytest.mark.parametrize(
@@ -743,87 +744,3 @@ def test_batches_hold_every_item_once(n, size, epoch):
 def test_order_depends_on_seed_and_epoch():
     orders = [tuple(next(data.batches(list(range(100)), 100, seed, epoch))) for seed in (0, 1) for epoch in (0, 1)]
     assert len(set(orders)) == 4
-
-
-# --------------------------------------------------------------------------------------------------------- toy task
-
-
-def test_toy_prompts_and_responses_are_as_described():
-    tokenizer = data.toy_tokenizer()
-    unknown = tokenizer.encode("zebra")
-    train, test = data.toy_prompts("train"), data.toy_prompts("test")
-    assert (len(train), len(test), len({*train, *test})) == (704, 304, 1008)
-    lengths = set()
-    for prompt in train + test:
-        ids = data.encode_prompt([{"role": "user", "content": prompt}], tokenizer)
-        assert (len(ids), ids[0]) == (8, tokenizer.bos_id)
-        responses = data.toy_valid_responses(prompt)
-        assert len(responses) == 18
-        for response in responses:
-            ids = tokenizer.encode(response)
-            assert tokenizer.decode(ids) == "".join(tokenizer.pieces(ids)) == response
-            assert unknown[0] not in ids
-            lengths.add(len(ids))
-    assert (min(lengths), max(lengths)) == (6, 22)
-    problems = {re.sub(r"^\w+", "", prompt) for prompt in test}
-    assert problems <= {re.sub(r"^\w+", "", prompt) for prompt in train}, "each is seen with another name"
-
-
-@quick
-@given(st.data())
-def test_the_toy_tokenizer_writes_any_tokens_so_that_they_are_read_back(draw):
-    tokenizer = data.toy_tokenizer()
-    ids = draw.draw(st.lists(st.integers(6, tokenizer.vocab_size - 1)))
-    assert tokenizer.encode(tokenizer.decode(ids)) == ids
-    words = data.toy_words(tokenizer.decode(ids))
-    assert words == [data.TOY_VOCABULARY[i - 6] for i in ids]
-    assert data.toy_text(words) == tokenizer.decode(ids)
-
-
-def test_toy_check_tells_answers_from_whole_responses():
-    prompt = "Ann has 3 apples, gets 9:"
-    for response, verdict in {
-        "3 + 9 = 12. #### 12": (True, True),
-        "Start with 3, add 9, get 12. So now Ann has 12 apples. #### 12": (True, True),
-        "3 + 9 = 13. #### 12": (True, False),
-        "#### 12": (True, False),
-        "3 + 9 = 12. #### 1": (False, False),
-        "3 + 9 = 12. #### 123": (False, False),
-        "3 + 9 = 12. ####": (False, False),
-        "So now Ben has 12 apples. #### 12": (True, False),
-        "#### 12 #### 13": (False, False),
-        "": (False, False),
-    }.items():
-        assert data.toy_check(prompt, response) == verdict, response
-    assert data.toy_check("Ann has 9 apples, loses 9:", "That leaves 0. #### 0") == (True, True)
-    with pytest.raises(ValueError, match="not a prompt of the toy task"):
-        data.toy_check("What is 3 + 4?", "7")
-
-
-def test_toy_records_are_right_seeded_and_held_out():
-    train, test, [report] = data.load_records("toy[train:1000]", seed=1)
-    assert (len(train), len(test), report.form) == (1000, 304, "toy")
-    prompts = [record["messages"][0]["content"] for record in test]
-    assert len(set(prompts)) == 304
-    assert not set(prompts) & {record["messages"][0]["content"] for record in train}
-    for record in train + test:
-        assert data.toy_check(record["messages"][0]["content"], record["response"]) == (True, True)
-        assert record["draft"] is None
-    assert train == data.load_records("toy[train:1000]", seed=1)[0] != data.load_records("toy[train:1000]", seed=2)[0]
-    assert len({record["response"] for record in train}) > 500
-    assert data.is_toy("toy + toy-repair")
-    assert not data.is_toy("toy + a.txt")
-
-
-def test_toy_drafts_are_damaged_responses():
-    tokenizer = data.toy_tokenizer()
-    records = data.load_records("toy-repair[train:500,test:0]")[0]
-    [unknown] = tokenizer.encode("zebra")
-    broken = 0
-    for record in records:
-        prompt = record["messages"][0]["content"]
-        assert data.toy_check(prompt, record["response"]) == (True, True)
-        broken += data.toy_check(prompt, record["draft"]) != (True, True)
-        assert unknown not in tokenizer.encode(record["draft"])
-    assert broken > 480
-    assert all(e.draft for e in data.encode(records, tokenizer, max_length=64).examples)

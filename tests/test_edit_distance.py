@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
 
-import build_ext
 import edit_distance
 from edit_distance import (
     DEL,
@@ -22,6 +21,7 @@ from edit_distance import (
     KEEP,
     SUB,
     align,
+    align_batch,
     distance,
     edit_labels,
     edit_labels_batch,
@@ -59,12 +59,6 @@ def test_the_compiled_version_is_in_use():
     assert edit_distance._compiled is not None
 
 
-def test_operations_are_numbered_as_in_ragged():
-    import ragged  # here, because torch is not welcome under the sanitizers
-
-    assert (KEEP, SUB, DEL, INS, GAP) == (ragged.KEEP, ragged.SUB, ragged.DEL, ragged.INS, ragged.GAP)
-
-
 @settings(max_examples=1000, deadline=None)
 @given(pairs())
 def test_script_is_the_canonical_one(pair):
@@ -86,36 +80,19 @@ def test_script_at_word_borders(symbols):
         assert script.tolist() == script_in_python(x, y)
 
 
-STRIP_BORDERS = [(511, 512), (512, 513), (513, 70), (256, 513), (513, 256), (3, 1030), (1025, 130), (600, 600)]
-
-
-@pytest.mark.parametrize(("n", "m"), STRIP_BORDERS)
-def test_script_at_strip_borders(n, m):
+@pytest.mark.parametrize(("n", "m"), [(513, 70), (3, 1030), (1025, 130), (600, 600)])
+def test_script_of_a_long_pair(n, m):
     rng = np.random.default_rng(n)
     noisy, clean = random_tokens(rng, n, 3), random_tokens(rng, m, 3)
     assert edit_script(noisy, clean).tolist() == script_in_python(noisy, clean)
 
 
 def test_short_and_long_pairs_in_one_batch():
-    """Short pairs share vectors with each other, wherever they stand in the batch; close pairs need none."""
+    """The memory is kept from pair to pair: nothing of a pair is left for the next one."""
     rng = np.random.default_rng(0)
-    lengths = rng.choice([0, 3, 100, 255, 256, 257, 300], (24, 2)).tolist()
+    lengths = rng.choice([0, 3, 64, 100, 300], (24, 2)).tolist()
     noisy = [random_tokens(rng, n, 5) for n, _ in lengths]
     clean = [random_tokens(rng, m, 5) if rng.random() < 0.8 else [9, *x] for (_, m), x in zip(lengths, noisy)]
-    for script, x, y in zip(edit_scripts(noisy, clean), noisy, clean):
-        assert script.tolist() == script_in_python(x, y)
-
-
-@pytest.mark.parametrize("vectors", ["base", "avx2", "avx512f"])
-def test_machines_with_narrower_vectors(vectors, tmp_path, monkeypatch):
-    narrower = ["base", "avx2", "avx512f"]
-    if vectors not in narrower[: narrower.index(build_ext.widest_vectors()) + 1]:
-        pytest.skip(f"this machine has no {vectors}")
-    monkeypatch.setattr(build_ext, "HERE", tmp_path)
-    monkeypatch.setattr(edit_distance, "_compiled", build_ext.load(vectors))
-    rng = np.random.default_rng(1)
-    noisy = [random_tokens(rng, n, 3) for n in [*BORDERS, 257] for _ in [*BORDERS, 257]]
-    clean = [random_tokens(rng, m, 3) for _ in [*BORDERS, 257] for m in [*BORDERS, 257]]
     for script, x, y in zip(edit_scripts(noisy, clean), noisy, clean):
         assert script.tolist() == script_in_python(x, y)
 
@@ -161,6 +138,17 @@ def test_align_gives_both_sequences_back(pair):
     assert (z0[z0 != GAP].tolist(), z1[z1 != GAP].tolist()) == pair
     assert not ((z0 == GAP) & (z1 == GAP)).any()
     assert (z0 != z1).sum() == distance(*pair)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(pairs(), max_size=8))
+def test_align_batch_is_align_pair_by_pair(batch):
+    z0, z1, columns = align_batch([x for x, _ in batch], [y for _, y in batch])
+    assert z0.dtype == z1.dtype == columns.dtype == np.int64
+    expected = [align(*pair) for pair in batch]
+    assert columns.tolist() == [len(a) for a, _ in expected]
+    assert z0.tolist() == [token for a, _ in expected for token in a.tolist()]
+    assert z1.tolist() == [token for _, b in expected for token in b.tolist()]
 
 
 @settings(max_examples=300, deadline=None)
@@ -234,7 +222,7 @@ def test_labels_are_never_ambiguous(pair):
 @pytest.mark.parametrize("special", [DEL_ID, EOS_ID])
 def test_special_tokens_only_in_noisy(special):
     edit_labels([1, special, 2], [1, 2], DEL_ID, EOS_ID)
-    with pytest.raises(ValueError, match=rf"clean\[1\] contains {special} at position 1"):
+    with pytest.raises(ValueError, match=r"clean\[1\] contains del_id or eos_id"):
         edit_labels_batch([[1], [2]], [[1], [2, special]], DEL_ID, EOS_ID)
 
 
@@ -250,6 +238,7 @@ def test_empty_sequences(empty):
     assert edit_script(empty, [1, 2]).tolist() == [INS, INS]
     assert edit_script([1, 2], empty).tolist() == [DEL, DEL]
     assert edit_scripts([], []) == edit_labels_batch([], [], DEL_ID, EOS_ID) == []
+    assert [row.tolist() for row in align_batch([], [])] == [[], [], []]
     token_target, insert_target = edit_labels(empty, empty, DEL_ID, EOS_ID)
     assert (token_target.tolist(), insert_target.tolist()) == ([], [EOS_ID])
 
@@ -262,26 +251,31 @@ NOT_INT32 = [[2**31], [-(2**31) - 1], [2**70], np.array([2**31]), np.array([2**6
 @pytest.mark.parametrize("bad", NOT_SEQUENCES + NOT_INTEGERS + NOT_INT32, ids=repr)
 def test_bad_sequences(bad):
     for noisy, clean in [(bad, [1]), ([1], bad)]:
-        with pytest.raises((TypeError, ValueError), match=r"^(noisy|clean): "):
+        with pytest.raises((TypeError, ValueError, OverflowError)):
             edit_script(noisy, clean)
-        with pytest.raises((TypeError, ValueError), match=r"^(noisy|clean): "):
+        with pytest.raises((TypeError, ValueError, OverflowError)):
             edit_labels(noisy, clean, DEL_ID, EOS_ID)
+
+
+def test_bad_sequences_are_named():
+    with pytest.raises(TypeError, match=r"^noisy: sequences must be .* of integers, found 1-D and float64"):
+        edit_script(np.array([1.5]), [1])
+    with pytest.raises(ValueError, match=r"^clean: token ids must fit in int32, found 1 to 2147483648"):
+        edit_script([1], [1, 2**31])
 
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="2 noisy sequences, but 1 clean"):
         edit_scripts([[1], [2]], [[1]])
-    with pytest.raises(ValueError, match="threads is 0"):
+    with pytest.raises(ValueError, match="greater than 0"):
         edit_scripts([[1]], [[1]], threads=0)
-    with pytest.raises(TypeError, match="del_id"):
-        edit_labels([1], [1], None, EOS_ID)
 
 
 def test_out_of_memory_is_an_exception(tmp_path):
-    """A table of 2 * 2^20 * 2^20 bits under a limit of 2 GB of address space."""
+    """A table of 2 * 2^20 * 2^20 bits, 256 GB, under a limit of 64 GB of address space."""
     code = """
 import resource, numpy as np, edit_distance
-resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+resource.setrlimit(resource.RLIMIT_AS, (64 << 30, 64 << 30))
 x = np.arange(1 << 20)
 try:
     edit_distance.edit_script(x, -x - 1)
@@ -293,7 +287,7 @@ except MemoryError as error:
 
 
 def copy_sources(folder):
-    for name in ["edit_distance.c", "edit_distance.py", "build_ext.py"]:
+    for name in ["edit_distance.c", "edit_distance.py", "build_ext.py", "ragged.py"]:
         shutil.copy(ROOT / name, folder)
 
 
@@ -332,7 +326,7 @@ def test_many_processes_may_build_at_once(tmp_path):
 @pytest.mark.slow
 def test_a_library_older_than_its_source_is_built_again(tmp_path):
     copy_sources(tmp_path)
-    code = "import edit_distance, build_ext; print(build_ext.library(build_ext.widest_vectors()))"
+    code = "import edit_distance, build_ext; print(build_ext.LIBRARY)"
     command = [sys.executable, "-W", "error", "-c", code]
     library = Path(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout.strip())
     first = library.stat().st_mtime_ns

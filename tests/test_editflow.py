@@ -20,8 +20,8 @@ from torch import nn
 
 import editflow
 import models
-from editflow import PathBatch, path, sample, schedule, source
-from ragged import DEL, GAP, KEEP, SUB, Ragged, apply_edits
+from editflow import PathBatch, parse_schedule, parse_source, path
+from ragged import DEL, GAP, KEEP, SUB, Ragged, apply_edits, stratified
 
 quick = settings(deadline=None, max_examples=60)
 few = settings(deadline=None, max_examples=20)
@@ -40,6 +40,11 @@ STARTS = {"empty": (), "masks": (MASK, MASK), "draft": (2, 3, 3)}
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
+
+
+def sample(model, prompts, x0, **options):
+    """`editflow.sample` with the schedule that the test model carries."""
+    return editflow.sample(model, prompts, x0, schedule=parse_schedule(model.schedule), **options)
 
 
 # ---------------------------------------------------------------------------------------------------- the oracle
@@ -178,7 +183,7 @@ def survival(statistic, df):
     "spec", ["linear", "cosine", "cubic", "cubic[a:1,b:0]", "cubic[a:0,b:0.5]", " cubic[ b : -1 ] "]
 )
 def test_schedules_rise_from_0_to_1_and_carry_their_derivative(spec):
-    kappa = schedule(spec)
+    kappa = parse_schedule(spec)
     t = torch.linspace(0, 1, 401, dtype=torch.float64)
     values = kappa.kappa(t)
     torch.testing.assert_close(values[[0, -1]], torch.tensor([0.0, 1.0]).double(), atol=1e-7, rtol=0)
@@ -190,19 +195,19 @@ def test_schedules_rise_from_0_to_1_and_carry_their_derivative(spec):
 def test_schedules_are_the_formulas():
     t = torch.tensor(0.3, dtype=torch.float64)
     a, b = 0.5, -0.25
-    assert math.isclose(schedule("cubic").kappa(t), 0.3**3)
+    assert math.isclose(parse_schedule("cubic").kappa(t), 0.3**3)
     general = (a + 1) * 0.3**3 - (a + b + 1) * 0.3**2 + (b + 1) * 0.3
-    assert math.isclose(schedule("cubic[a:0.5,b:-0.25]").kappa(t), general)
-    assert math.isclose(schedule("cosine").kappa(t), 1 - math.cos(math.pi * 0.3 / 2), rel_tol=1e-6)
+    assert math.isclose(parse_schedule("cubic[a:0.5,b:-0.25]").kappa(t), general)
+    assert math.isclose(parse_schedule("cosine").kappa(t), 1 - math.cos(math.pi * 0.3 / 2), rel_tol=1e-6)
 
 
 def test_weight_is_the_rate_of_the_remaining_edits_and_is_clipped():
     t = torch.tensor([0.0, 0.2, 0.9, 0.999])
-    torch.testing.assert_close(schedule("linear").weight(t), torch.tensor([1, 1 / 0.8, 10, 20]))
-    torch.testing.assert_close(schedule("linear").weight(t, 5.0), torch.tensor([1, 1 / 0.8, 5, 5]))
+    torch.testing.assert_close(parse_schedule("linear").weight(t), torch.tensor([1, 1 / 0.8, 10, 20]))
+    torch.testing.assert_close(parse_schedule("linear").weight(t, 5.0), torch.tensor([1, 1 / 0.8, 5, 5]))
     cubic = 3 * t.double() ** 2 / (1 - t.double() ** 3)
-    torch.testing.assert_close(schedule("cubic").weight(t, 1e9).double(), cubic, rtol=1e-3, atol=0)
-    assert schedule("linear").weight(torch.ones(1), 1e30).isfinite().all()
+    torch.testing.assert_close(parse_schedule("cubic").weight(t, 1e9).double(), cubic, rtol=1e-3, atol=0)
+    assert parse_schedule("linear").weight(torch.ones(1), 1e30).isfinite().all()
 
 
 @quick
@@ -212,7 +217,7 @@ def test_weight_is_the_rate_of_the_remaining_edits_and_is_clipped():
 )
 def test_fire_is_the_chance_of_a_flip_in_an_interval(spec, times):
     a, b, c = sorted(times)
-    kappa = schedule(spec)
+    kappa = parse_schedule(spec)
     survive = 1 - kappa.fire(a, b), 1 - kappa.fire(b, c)
     assert math.isclose(survive[0] * survive[1], 1 - kappa.fire(a, c), abs_tol=1e-7)
     assert math.isclose(kappa.fire(0, b), kappa.kappa(torch.tensor(b, dtype=torch.float64)), abs_tol=1e-7)
@@ -223,7 +228,7 @@ def test_fire_is_the_chance_of_a_flip_in_an_interval(spec, times):
 @pytest.mark.parametrize("spec", ["cubic[a:9,b:9]", "cubic[b:-2]", "cubic[a:-5]", "cubic[a:nan]", "cubic[b:inf]"])
 def test_a_schedule_that_falls_is_refused(spec):
     with pytest.raises(ValueError, match="cubic") as error:
-        schedule(spec)
+        parse_schedule(spec)
     assert "\n" not in str(error.value)
 
 
@@ -232,7 +237,7 @@ def test_a_schedule_that_falls_is_refused(spec):
 )
 def test_an_unknown_schedule_is_answered_with_the_known_ones(spec):
     with pytest.raises(ValueError, match="linear, cosine, cubic") as error:
-        schedule(spec)
+        parse_schedule(spec)
     assert repr(spec) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -241,12 +246,12 @@ def test_an_unknown_schedule_is_answered_with_the_known_ones(spec):
 
 
 def test_sources_are_read_with_their_lengths():
-    assert source("empty") == ("empty", 0)
-    assert source("masks") == ("masks", 64)
-    assert source("masks[length:5]") == ("masks", 5)
-    assert source("uniform") == ("uniform", 100)
-    assert source(" uniform[ length: 7 ] ") == ("uniform", 7)
-    assert source("draft") == ("draft", 0)
+    assert parse_source("empty") == ("empty", 0)
+    assert parse_source("masks") == ("masks", 64)
+    assert parse_source("masks[length:5]") == ("masks", 5)
+    assert parse_source("uniform") == ("uniform", 100)
+    assert parse_source(" uniform[ length: 7 ] ") == ("uniform", 7)
+    assert parse_source("draft") == ("draft", 0)
 
 
 BAD_LENGTHS = [f"masks[length:{n}]" for n in ("2.5", "-1", "x", "", "inf", "nan")]
@@ -255,7 +260,7 @@ BAD_LENGTHS = [f"masks[length:{n}]" for n in ("2.5", "-1", "x", "", "inf", "nan"
 @pytest.mark.parametrize("spec", ["", "noise", "masks[64]", "masks[len:3]", "empty[length:3]", *BAD_LENGTHS])
 def test_an_unreadable_source_is_refused_in_one_line(spec):
     with pytest.raises(ValueError, match="x0_sampler") as error:
-        source(spec)
+        parse_source(spec)
     assert repr(spec) in str(error.value)
     assert "\n" not in str(error.value)
     if "length:" not in spec:
@@ -266,17 +271,17 @@ def test_an_unreadable_source_is_refused_in_one_line(spec):
 
 def test_what_sources_draw():
     frequencies = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0, 0, 0])
-    assert source("empty").draw([1], MASK, frequencies, seeded(0)) == []
-    assert source("masks[length:3]").draw(None, MASK, None, seeded(0)) == [MASK] * 3
-    assert source("draft").draw([3, 1], MASK, None, seeded(0)) == [3, 1]
-    assert source("draft").draw([], MASK, None, seeded(0)) == []
+    assert parse_source("empty").draw([1], MASK, frequencies, seeded(0)) == []
+    assert parse_source("masks[length:3]").draw(None, MASK, None, seeded(0)) == [MASK] * 3
+    assert parse_source("draft").draw([3, 1], MASK, None, seeded(0)) == [3, 1]
+    assert parse_source("draft").draw([], MASK, None, seeded(0)) == []
     with pytest.raises(ValueError, match="draft"):
-        source("draft").draw(None, MASK, None, seeded(0))
-    uniform = source("uniform[length:5000]")
+        parse_source("draft").draw(None, MASK, None, seeded(0))
+    uniform = parse_source("uniform[length:5000]")
     drawn = uniform.draw(None, MASK, frequencies, seeded(1))
     assert drawn == uniform.draw(None, MASK, frequencies, seeded(1)) != uniform.draw(None, MASK, frequencies, seeded(2))
     assert chi_square(Counter(drawn), dict(enumerate(frequencies.tolist()))) > 1e-3
-    assert source("uniform[length:0]").draw(None, MASK, frequencies, seeded(0)) == []
+    assert parse_source("uniform[length:0]").draw(None, MASK, frequencies, seeded(0)) == []
 
 
 # ---------------------------------------------------------------------------------------------------- path
@@ -319,9 +324,9 @@ SEQUENCE = st.tuples(PROMPTS, TEXT, TEXT, st.sampled_from([0.0, 1.0]) | st.float
 @given(st.lists(SEQUENCE, min_size=1, max_size=4), st.integers(0, 2**40))
 def test_path_draws_an_enumerated_state_whose_remaining_edits_give_x1(batch, seed):
     prompts, x0, x1, t = (list(z) for z in zip(*batch))
-    got = path(prompts, x0, x1, torch.tensor(t, dtype=torch.float64), lambda t: t, seeded(seed))
+    got = path(prompts, x0, x1, torch.tensor(t, dtype=torch.float64), parse_schedule("linear"), seeded(seed))
     assert got.prompt_len.tolist() == list(map(len, prompts))
-    assert got.target_len.tolist() == list(map(len, x1))
+    assert got.norm.tolist() == [max(1, len(s)) for s in x1]
     torch.testing.assert_close(got.t, torch.tensor(t, dtype=torch.float32))
     for b, (text, edits) in enumerate(zip(got.x.unpack(), edits_of(got))):
         law = outcomes(prompts[b], x0[b], x1[b], t[b])
@@ -338,11 +343,11 @@ def test_path_draws_an_enumerated_state_whose_remaining_edits_give_x1(batch, see
 @pytest.mark.parametrize("t", [0.25, 0.7])
 def test_path_has_the_enumerated_law(x0, x1, t):
     """Chi-square over x_t and its edits together; two different sequences alternate in the batch."""
-    n, cubic = 4000, schedule("cubic")
+    n, cubic = 4000, parse_schedule("cubic")
     x0, x1, other = tuple(map(int, x0)), tuple(map(int, x1)), ((BOS,), (1,), (2, 3))
     draws = [(PROMPT, x0, x1), other] * n
     prompts, starts, ends = ([list(s) for s in z] for z in zip(*draws))
-    got = path(prompts, starts, ends, torch.full((2 * n,), t), cubic.kappa, seeded(5))
+    got = path(prompts, starts, ends, torch.full((2 * n,), t), cubic, seeded(5))
     counts = Counter(zip(map(tuple, got.x.unpack()), map(canonical, edits_of(got))))
     law = {}
     for case in ((PROMPT, x0, x1), other):
@@ -353,19 +358,19 @@ def test_path_has_the_enumerated_law(x0, x1, t):
 
 
 def test_path_is_repeatable_and_refuses_an_empty_prompt():
-    case = ([[BOS]] * 50, [[MASK] * 4] * 50, [[1, 2, 3]] * 50, torch.full((50,), 0.5), schedule("linear").kappa)
+    case = ([[BOS]] * 50, [[MASK] * 4] * 50, [[1, 2, 3]] * 50, torch.full((50,), 0.5), parse_schedule("linear"))
     assert path(*case, seeded(3)).x.unpack() == path(*case, seeded(3)).x.unpack() != path(*case, seeded(4)).x.unpack()
     with pytest.raises(ValueError, match="prompt"):
-        path([[BOS], []], [[], []], [[1], [2]], torch.zeros(2), schedule("linear").kappa, seeded(0))
+        path([[BOS], []], [[], []], [[1], [2]], torch.zeros(2), parse_schedule("linear"), seeded(0))
 
 
 def test_times_are_stratified_and_stay_below_1():
     for seed in range(5):
-        t = editflow.draw_t(64, seeded(seed)) / (1 - editflow.EPSILON)
+        t = stratified(64, 0, 1 - editflow.EPSILON, seeded(seed)) / (1 - editflow.EPSILON)
         assert t.min() >= 0
         assert t.max() * (1 - editflow.EPSILON) < 1 - editflow.EPSILON / 2
         assert (t * 64).long().sort().values.tolist() == list(range(64))
-    first = torch.stack([editflow.draw_t(16, seeded(s))[0] for s in range(400)])  # any place in the batch gets any t
+    first = torch.stack([stratified(16, 0, 1, seeded(s))[0] for s in range(400)])  # any place in the batch gets any t
     assert abs(first.mean() - 0.5) < 4 / math.sqrt(12 * 400)
 
 
@@ -373,13 +378,13 @@ def test_times_are_stratified_and_stay_below_1():
 
 
 class Tiny(nn.Module):
-    """A small model with the interface of EditFlowModel: each token sees the mean of its own sequence, and t."""
+    """A small model with the interface of editflow.Model: each token sees the mean of its own sequence, and t."""
 
     def __init__(self, seed=0, vocab=V, rate_bias=0.0):
         super().__init__()
         torch.manual_seed(seed)
         D = 12
-        self.config = SimpleNamespace(nanoedit={"schedule": "linear"})
+        self.schedule = "linear"
         self.embed, self.mix = nn.Embedding(vocab, D), nn.Linear(D, D)
         self.rate_heads = nn.Sequential(nn.Linear(D, 3), nn.Softplus())
         self.sub_logits, self.ins_logits = nn.Linear(D, vocab), nn.Linear(D, vocab, bias=False)
@@ -394,7 +399,7 @@ class Tiny(nn.Module):
         return torch.tanh(h + self.mix(mean)[x.batch] + place + t[x.batch][:, None])
 
 
-def plain_loss(model, batch, w, normalize):
+def plain_loss(model, batch, w, lengths=None):
     """The header's formula in float64, token by token, from full tables of rates and log-probabilities."""
     hidden = model(batch.x, batch.t).double()
     rate = F.softplus(F.linear(hidden, *(p.double() for p in model.rate_heads[0].parameters())))
@@ -412,14 +417,14 @@ def plain_loss(model, batch, w, normalize):
             value = value - rate[start + row, column[kind]].log()
             if token is not None:
                 value = value - log_q[kind][start + row, token]
-        total = total + w(float(batch.t[b])) * value / (max(1, int(batch.target_len[b])) if normalize else 1)
+        total = total + w(float(batch.t[b])) * value / (max(1, lengths[b]) if lengths else 1)
         start += len(text)
     return total / len(batch.x)
 
 
-def draw_batch(batch, seed=0, name="linear"):
+def draw_batch(batch, seed=0, name="linear", **options):
     prompts, x0, x1, t = (list(z) for z in zip(*batch))
-    return path(prompts, x0, x1, torch.tensor(t), schedule(name).kappa, seeded(seed))
+    return path(prompts, x0, x1, torch.tensor(t), parse_schedule(name), seeded(seed), **options)
 
 
 MIXED = [
@@ -439,10 +444,11 @@ def test_loss_equals_the_plain_version_in_value_and_gradient(normalize, name, ma
     formula = {"linear": lambda t: 1 / (1 - t), "cubic": lambda t: 3 * t**2 / (1 - t**3)}[name]
     seen = set()
     for seed in range(6):
-        batch, model = draw_batch(MIXED, seed, name), Tiny(seed)
+        batch, model = draw_batch(MIXED, seed, name, normalize=normalize, max_w=max_w), Tiny(seed)
         seen |= {kind for edits in edits_of(batch) for kind, _, _ in edits}
-        got, parts = editflow.loss(model, batch, schedule(name), normalize=normalize, max_w=max_w)
-        expected = plain_loss(model, batch, lambda t: min(max_w, formula(t)), normalize)
+        got, parts = editflow.loss(model, batch)
+        lengths = [len(x1) for _, _, x1, _ in MIXED] if normalize else None
+        expected = plain_loss(model, batch, lambda t: min(max_w, formula(t)), lengths)
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(parts["loss"], got.detach())
         torch.testing.assert_close(sum(v for k, v in parts.items() if k != "loss"), got.detach())
@@ -458,16 +464,17 @@ def test_loss_equals_the_plain_version_in_value_and_gradient(normalize, name, ma
 @few
 @given(st.lists(st.tuples(PROMPTS, TEXT, TEXT, st.floats(0, 0.999)), min_size=1, max_size=4), st.integers(0, 99))
 def test_loss_equals_the_plain_version_on_anything(batch, seed):
+    lengths = [len(x1) for _, _, x1, _ in batch]
     batch, model = draw_batch(batch, seed), Tiny(seed)
-    got, _ = editflow.loss(model, batch, schedule("linear"))
-    expected = plain_loss(model, batch, lambda t: min(20.0, 1 / (1 - t)), True)
+    got, _ = editflow.loss(model, batch)
+    expected = plain_loss(model, batch, lambda t: min(20.0, 1 / (1 - t)), lengths)
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [-1e30, -1e4, -60.0, 60.0, 1e4, 1e30])
 def test_extreme_rate_logits_give_finite_losses_and_gradients(bias):
     model = Tiny(rate_bias=bias)
-    value, _ = editflow.loss(model, draw_batch(MIXED), schedule("linear"))
+    value, _ = editflow.loss(model, draw_batch(MIXED))
     value.backward()
     assert value.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -499,7 +506,7 @@ class Tabular(nn.Module):
 
     def __init__(self, texts, table, name="linear", table_at=None):
         super().__init__()
-        self.config = SimpleNamespace(nanoedit={"schedule": name, "time_conditioned": table_at is not None})
+        self.schedule, self.depends_on_t = name, table_at is not None
         self.keys = torch.tensor([self.key(Ragged.pack([text]))[0] for text in texts])
         self.table, self.table_at, self.calls = nn.Parameter(table), table_at, []
         self.rate_heads = nn.Sequential(self.pick(0, 3), nn.Softplus())
@@ -554,7 +561,7 @@ def every_path(x0, data):
     return rows
 
 
-def as_batch(rows, t):
+def as_batch(rows, t, w, normalize=False):
     x = Ragged.pack([text for text, _, _ in rows])
     start = x.cu_seqlens.tolist()
     flat = [(kind, start[b] + row, token) for b, (_, edits, _) in enumerate(rows) for kind, row, token in edits]
@@ -563,8 +570,9 @@ def as_batch(rows, t):
     return PathBatch(
         x=x,
         t=torch.full((len(rows),), t),
+        w=torch.full((len(rows),), w),
+        norm=torch.tensor([float(max(1, n)) if normalize else 1.0 for _, _, n in rows]),
         prompt_len=torch.full((len(rows),), len(PROMPT)),
-        target_len=torch.tensor([n for _, _, n in rows]),
         ins_row=column("ins", 1),
         ins_token=column("ins", 2),
         sub_row=column("sub", 1),
@@ -580,15 +588,16 @@ HALF = {"linear": 0.5, "cubic": 0.5 ** (1 / 3)}  # the time at which kappa is 1/
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("name", ["linear", "cubic"])
 def test_the_true_posterior_rates_minimise_the_loss(start, name):
-    x0, t, kappa = STARTS[start], HALF[name], schedule(name)
+    x0, t = STARTS[start], HALF[name]
+    w = {"linear": 2.0, "cubic": 3 * t**2 / 0.5}[name]
     states = posterior(x0, 0.5)
     rates = {x: counts for x, (_, counts) in states.items()}
-    batch = as_batch(every_path(x0, SIXTEENTHS), t)
+    batch = as_batch(every_path(x0, SIXTEENTHS), t, w)
     truth = table_of(list(states), rates)
     model = Tabular(list(states), truth)
 
     def expected_loss():
-        return editflow.loss(model, batch, kappa, normalize=False, max_w=1e9)[0]
+        return editflow.loss(model, batch)[0]
 
     best = expected_loss()
     (gradient,) = torch.autograd.grad(best, model.table)
@@ -602,7 +611,6 @@ def test_the_true_posterior_rates_minimise_the_loss(start, name):
             total[kind, row] += count
         minimum += mass * sum(lam - lam * math.log(lam) for lam in total.values())
         minimum -= mass * sum(c * math.log(c / total[e[:2]]) for e, c in counts.items())
-    w = {"linear": 2.0, "cubic": 3 * t**2 / 0.5}[name]
     assert math.isclose(best.item(), w * minimum, rel_tol=1e-4)
 
     noise = seeded(1)
@@ -620,12 +628,12 @@ def test_the_true_posterior_rates_minimise_the_loss(start, name):
 def test_dividing_by_the_length_weighs_targets_by_its_inverse():
     """normalize=True learns the rates of the law p(x1) / |x1|, rescaled: short targets count for more."""
     x0 = STARTS["masks"]
-    batch = as_batch(every_path(x0, SIXTEENTHS), 0.5)
+    batch = as_batch(every_path(x0, SIXTEENTHS), 0.5, 2.0, normalize=True)
     tilted = {x1: p / max(1, len(x1)) for x1, p in DATA.items()}
     texts = list(posterior(x0, 0.5))
     for data, stationary in ((tilted, True), (DATA, False)):
         model = Tabular(texts, table_of(texts, {x: c for x, (_, c) in posterior(x0, 0.5, data).items()}))
-        value, _ = editflow.loss(model, batch, schedule("linear"))
+        value, _ = editflow.loss(model, batch)
         (gradient,) = torch.autograd.grad(value, model.table)
         assert (gradient.abs().max() < 1e-5) == stationary
 
@@ -633,14 +641,14 @@ def test_dividing_by_the_length_weighs_targets_by_its_inverse():
 def test_training_a_table_finds_the_true_rates():
     x0 = STARTS["draft"]
     states = posterior(x0, 0.5)
-    batch = as_batch(every_path(x0, SIXTEENTHS), 0.5)
+    batch = as_batch(every_path(x0, SIXTEENTHS), 0.5, 2.0)
     truth = table_of(list(states), {x: counts for x, (_, counts) in states.items()})
     model = Tabular(list(states), torch.zeros_like(truth))
     optimizer = torch.optim.Adam([model.table], lr=0.3)
     for step in range(150):
         optimizer.param_groups[0]["lr"] = 0.3 * (1 - step / 150)
         optimizer.zero_grad()
-        editflow.loss(model, batch, schedule("linear"), normalize=False)[0].backward()
+        editflow.loss(model, batch)[0].backward()
         optimizer.step()
     for s, text in enumerate(states):
         learned, true = (F.softplus(z[s, len(PROMPT) : len(text), :3]) for z in (model.table.detach(), truth))
@@ -696,10 +704,11 @@ def test_the_true_rates_sample_the_data_as_tau_goes_to_0(start, name):
 def real_model(time_conditioned=False, rates=0.0):
     """A random transformer. In float64, so that rounding, which may depend on the batch, never decides an edit."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    nanoedit = {"method": "editflow", "schedule": "linear", "time_conditioned": time_conditioned}
-    config = {"model_type": "llama", "vocab_size": V, "nanoedit": nanoedit} | sizes
-    model = models.EditFlowModel(models.complete_config(config))
+    backbone = models.backbone(models.DecoderConfig("llama", V, **sizes))
+    model = editflow.Model(backbone, 16, V, stored={"time_conditioned": time_conditioned})
+    model.schedule = "linear"
     models.init_weights(model, seeded(1))
+    model.init_heads(seeded(1))
     nn.init.normal_(model.rate_heads[0].weight, generator=seeded(2))
     nn.init.constant_(model.rate_heads[0].bias, rates)
     return model.eval() if time_conditioned else model.double().eval()
@@ -721,7 +730,7 @@ def test_a_text_does_not_depend_on_its_batch(cases, random, options):
     def texts(cases):
         prompts, x0, seeds = (list(z) for z in zip(*cases))
         return [
-            (tuple(s.response), s.edits, round(s.left_over, 4))
+            (tuple(s.response), s.details | {"left_over": round(s.details["left_over"], 4)})
             for s in sample(real_model(), prompts, x0=x0, seeds=seeds, steps=6, **options)
         ]
 
@@ -751,7 +760,7 @@ def test_the_edits_shown_to_on_step_are_the_ones_made(cases, steps):
         assert ((s.sub_token != GAP) == (s.op == SUB)).all()
         x = apply_edits(x, s.op, s.sub_token, s.ins_token)
     assert x.unpack() == [p + s.response for p, s in zip(prompts, sampled)]
-    assert made.tolist() == [list(s.edits) for s in sampled]
+    assert made.tolist() == [[s.details[k] for k in ("substitutions", "deletions", "insertions")] for s in sampled]
 
 
 def sample_ten(model, **options):
@@ -784,7 +793,7 @@ def test_top_k_1_and_temperature_0_take_the_most_likely_token():
 @pytest.mark.parametrize("rates", [-2.0, -5.0, -9.0])
 def test_only_texts_that_have_changed_are_read_again(rates, monkeypatch):
     model, read, seen = real_model(rates=rates), [], Steps()
-    read_again = lambda x, t: read.append(x.unpack()) or models.EditFlowModel.forward(model, x, t)  # noqa: E731
+    read_again = lambda x, t: read.append(x.unpack()) or editflow.Model.forward(model, x, t)  # noqa: E731
     monkeypatch.setattr(model, "forward", read_again)
     prompts, x0 = [[BOS, 2], [BOS], [BOS, 3]], [[1, 2, 3], [], [4] * 6]
     sampled = sample(model, prompts, x0=x0, steps=20, on_step=seen)
@@ -805,7 +814,7 @@ def test_a_time_conditioned_model_reads_every_text_at_every_t(rates, monkeypatch
     def forward(x, t):
         assert (len(x), t.shape) == (2, (2,))
         times.append(t.unique().item())
-        return models.EditFlowModel.forward(model, x, t)
+        return editflow.Model.forward(model, x, t)
 
     monkeypatch.setattr(model, "forward", forward)
     sample(model, [[BOS], [BOS, 2]], x0=[[], [1]], steps=8)
@@ -817,7 +826,7 @@ class Scripted(nn.Module):
 
     def __init__(self, sub=0.0, delete=0.0, ins=0.0):
         super().__init__()
-        self.config = SimpleNamespace(nanoedit={"schedule": "cubic"})
+        self.schedule = "cubic"
         self.rates = nn.Parameter(torch.tensor([sub, delete, ins]))
         self.rate_heads = lambda hidden: self.rates.expand(len(hidden), 3)
         self.sub_logits = lambda hidden: 50 * F.one_hot(torch.full((len(hidden),), 3), V).float()
@@ -861,13 +870,15 @@ def test_edits_fire_with_the_schedules_probability():
 def test_left_over_insertions_are_counted():
     for x0, seed in itertools.product(([], [1, 2, 3]), range(3)):
         (one,) = sample(Scripted(ins=2.5), [[BOS, 1, 1]], x0=[x0], steps=2, seeds=[seed])
-        assert math.isclose(one.left_over, 2.5 * (len(one.response) + 1), rel_tol=1e-6)
+        assert math.isclose(one.details["left_over"], 2.5 * (len(one.response) + 1), rel_tol=1e-6)
     done, unfinished = (sample(true_model("empty", "linear"), [list(PROMPT)], x0=[[]], steps=s)[0] for s in (100, 1))
-    assert done.left_over < 0.01
+    assert done.details["left_over"] < 0.01
     expected = rates_at("empty", "linear", 1.0)[PROMPT + tuple(unfinished.response)]
     total = sum(c for (kind, _, _), c in expected.items() if kind == "ins")
-    assert math.isclose(unfinished.left_over, total, abs_tol=1e-4)
-    assert sample(Scripted(), [[BOS]], x0=[[1]], steps=3)[0] == editflow.Sampled([1], (0, 0, 0), 0.0)
+    assert math.isclose(unfinished.details["left_over"], total, abs_tol=1e-4)
+    nothing = {"substitutions": 0, "deletions": 0, "insertions": 0, "left_over": 0.0}
+    (one,) = sample(Scripted(), [[BOS]], x0=[[1]], steps=3)
+    assert (one.response, one.tokens, one.passes, one.details, one.note) == ([1], [1], {"steps": 3}, nothing, "")
 
 
 def test_sample_refuses_what_it_cannot_run():
@@ -943,7 +954,27 @@ def test_insertions_stop_where_the_positions_end(rows, limit):
 
 
 def test_a_text_never_outgrows_the_model():
-    model = Scripted(ins=3.0)
-    model.config.model_type, model.config.max_position_embeddings = "llama", 12
-    sampled = sample(model, [[BOS, 1], [BOS]], x0=[[], [1] * 4], steps=30)
+    sampled = sample(Scripted(ins=3.0), [[BOS, 1], [BOS]], x0=[[], [1] * 4], steps=30, max_length=12)
     assert [len(s.response) for s in sampled] == [10, 11]
+
+
+# ---------------------------------------------------------------------------------------------------- time
+
+
+def test_time_conditioning_starts_as_a_no_op_and_then_works_per_sequence():
+    model = real_model.__wrapped__(time_conditioned=True)
+    x = Ragged.pack([[BOS, 1, 2, 3, 4], [BOS, 4, 3, 2, 1, 1, 2]])
+    assert torch.equal(model(x, torch.tensor([0.1, 0.9])), model.model(x))
+    (model(x, torch.tensor([0.1, 0.9])).sum()).backward()
+    assert model.time_embed[2].weight.grad.abs().max() > 0, "and yet it can learn"
+    nn.init.normal_(model.time_embed[2].weight, generator=seeded(0))
+    a, b = model(x, torch.tensor([0.1, 0.9])), model(x, torch.tensor([0.1, 0.3]))
+    assert torch.equal(a[:5], b[:5])
+    assert (a[5:] - b[5:]).abs().min(1).values.max() > 1e-4
+
+
+def test_time_features_tell_close_times_apart():
+    f = editflow.time_features(torch.linspace(0, 1, 1001))
+    assert f.shape == (1001, editflow.TIME_FEATURES)
+    assert f.dtype == torch.float32
+    assert (f[1:] - f[:-1]).norm(dim=1).min() > 0.5

@@ -14,9 +14,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import data
 import evaluate
 import models
+import toy
 from evaluate import Answer
 
 PROMPT = 'def double(x):\n    """Twice x.\n    >>> double(2)\n    4\n    """\n'
@@ -213,7 +213,7 @@ def test_mbpp_verdict_uses_the_asserts_of_the_record():
 
 
 def test_toy_verdicts():
-    record = data.toy_records("test", 1, 0)[0]
+    record = toy.records("test", 1, 0)[0]
     checks = evaluate.TASKS["toy"].checks
     number = record["response"].rpartition("#### ")[2]
     assert [check(record, record["response"]) for check in checks.values()] == [True, True]
@@ -541,7 +541,7 @@ def test_a_missing_judge_is_found_before_the_model(monkeypatch, files, tmp_path)
 
 @pytest.mark.parametrize("method", ["medlm", "editflow"])
 def test_real_models_of_both_methods(method, tmp_path, capsys):
-    tokenizer = data.toy_tokenizer()
+    tokenizer = toy.tokenizer()
     options = {"schedule": "linear", "x0_sampler": "masks[length:4]"} if method == "editflow" else {}
     models.save(models.build(method, "tiny", tokenizer.vocab_size, **options), str(tmp_path / "model"))
     tokenizer.save(tmp_path / "model")
@@ -550,7 +550,7 @@ def test_real_models_of_both_methods(method, tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "out" / "toy.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     for line in rows:
-        assert line["prompt"] in data.toy_prompts("test")
+        assert line["prompt"] in toy.prompts("test")
         assert (line["draft"] is None) == (line["draft_right"] is None) == (method == "editflow")
         assert line["mask_passes"] == (2 if method == "medlm" else 0)
     assert "toy" in capsys.readouterr().out
@@ -582,7 +582,7 @@ def test_two_ranks_under_torchrun(tmp_path, files):
 
 
 def test_repairs_start_from_the_corrupted_responses_and_both_are_judged(tmp_path):
-    tokenizer = data.toy_tokenizer()
+    tokenizer = toy.tokenizer()
     model = models.build("editflow", "tiny", tokenizer.vocab_size, schedule="linear", x0_sampler="draft")
     torch.nn.init.constant_(model.rate_heads[0].bias, -60.0)  # nothing is edited
     models.save(model, tmp_path / "model")

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 import convert
-import data
 import lora
 import models
+import toy
 import train
 from ragged import Ragged
 
@@ -136,7 +136,7 @@ def test_four_bit_weights_refuse_to_be_merged():
 
 @pytest.fixture
 def base(tmp_path):
-    directory, tokenizer = tmp_path / "base", data.toy_tokenizer()
+    directory, tokenizer = tmp_path / "base", toy.tokenizer()
     model = models.build("editflow", "tiny", tokenizer.vocab_size, schedule="linear", x0_sampler="empty")
     models.save(model, directory)
     tokenizer.save(directory)

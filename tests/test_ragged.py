@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from ragged import DEL, GAP, INS, KEEP, SUB, Ragged, apply_edits, uniform_noise
+import ragged
+from ragged import DEL, GAP, INS, KEEP, SUB, Ragged, apply_edits, uniform_noise, weighted_nll
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=5)
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -173,3 +175,94 @@ def test_a_sequences_noise_depends_on_its_own_address_only(rows, random):
     assert dict(zip(shuffled, noise(shuffled))) == together
     for row in rows:
         assert noise([row])[0] == together[row]
+
+
+# ---------------------------------------------------------------------------------------------------- cross-entropy
+
+
+def full_nll(hidden, head, row, token, weight):
+    """All [N, V] log-probabilities, then the ones asked for."""
+    return (weight * -head(hidden).log_softmax(-1)[row, token]).sum()
+
+
+def nll_case(N, E, bias, seed, V=13, dtype=torch.float64):
+    rng = torch.Generator().manual_seed(seed)
+    head = nn.Linear(6, V, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        for p in head.parameters():
+            p.copy_(torch.randn(p.shape, generator=rng, dtype=dtype))
+    hidden = torch.randn(N, 6, generator=rng, dtype=dtype, requires_grad=True)
+    row, token = (torch.randint(0, high, (E if N else 0,), generator=rng) for high in (max(N, 1), V))
+    return hidden, head, row, token, torch.rand(len(row), generator=rng)
+
+
+@given(
+    N=st.integers(0, 90),
+    E=st.sampled_from([0, 1, 5, 100]),
+    bias=st.booleans(),
+    chunk=st.sampled_from([1, 26, 13 * 7, 13 * 64, 1 << 24]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=150, deadline=None)
+def test_weighted_nll_and_its_gradients_equal_a_full_softmax(N, E, bias, chunk, seed):
+    hidden, head, row, token, weight = nll_case(N, E, bias, seed, dtype=torch.float32)
+    inputs = (hidden, *head.parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ragged, "CHUNK_FLOATS", chunk)
+        loss = weighted_nll(hidden, head, row, token, weight)
+    expected = full_nll(hidden, head, row, token, weight)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
+    # twice the loss: the incoming gradient counts
+    ours, theirs = (torch.autograd.grad(2 * out, inputs) for out in (loss, expected))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_weighted_nll_of_nothing_is_zero_with_zero_gradients():
+    for N, E in ((0, 0), (4, 0)):
+        hidden, head, row, token, weight = nll_case(N, E, True, 0)
+        loss = weighted_nll(hidden, head, row, token, weight)
+        loss.backward()
+        assert loss == 0
+        assert all((p.grad == 0).all() for p in (hidden, *head.parameters())), "they take part, as DDP asks"
+
+
+def test_weighted_nll_survives_huge_logits():
+    hidden, head, row, token, weight = nll_case(20, 30, True, 1, dtype=torch.float32)
+    loss = weighted_nll(hidden * 1e4, head, row, token, weight)
+    torch.testing.assert_close(loss, full_nll(hidden * 1e4, head, row, token, weight), rtol=1e-5, atol=0)
+
+
+def test_weighted_nll_under_bf16_autocast_is_close():
+    hidden, head, row, token, weight = nll_case(70, 200, True, 2, dtype=torch.float32)
+    inputs = (hidden, *head.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = weighted_nll(hidden, head, row, token, weight)
+    assert loss.dtype == torch.float32
+    expected = full_nll(hidden, head, row, token, weight)
+    torch.testing.assert_close(loss, expected, rtol=0.01, atol=0)
+    for ours, theirs in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs)):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_weighted_nll_never_holds_all_logits(monkeypatch):
+    """One chunk of logits at a time: nothing that is saved or made reaches rows x vocabulary."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    monkeypatch.setattr(ragged, "CHUNK_FLOATS", 64 * 500)
+    hidden, head, row, token, weight = nll_case(640, 2000, False, 0, V=500, dtype=torch.float32)
+    with Watch():
+        weighted_nll(hidden, head, row, token, weight).backward()
+    assert largest <= 64 * 500

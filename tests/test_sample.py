@@ -14,8 +14,10 @@ from PIL import Image
 
 import data
 import editflow
-import models
 import sample
+import toy
+from plumbing import checkpoints
+from plumbing.tokenizer import train_tokenizer
 
 ROOT = Path(sample.__file__).parent
 PROMPT, OTHER = "Ann has 3 apples, gets 4:", "Ben has 9 apples, loses 2:"
@@ -23,10 +25,10 @@ STEPS = ["--steps", "6", "--mask_diffusion_step", "4", "--edit_diffusion_step", 
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
+def saved(tmp_path_factory):
     """Both methods with the tokenizer of the toy task; one with a chat template, trained on the spot."""
     root = tmp_path_factory.mktemp("checkpoints")
-    chat = data.train_tokenizer(["Hello there. How are you?\n" * 20], 320)
+    chat = train_tokenizer(["Hello there. How are you?\n" * 20], 320)
     assert chat.chat_template
     flow = {"schedule": "cubic", "x0_sampler": "masks[length:6]"}
     short = {"max_position_embeddings": 64}
@@ -39,21 +41,21 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture
-def samples(checkpoints, tmp_path):
+def samples(saved, tmp_path):
     """Runs sample.py with --output; the records it wrote."""
 
     def start(name, *flags):
         file = tmp_path / "texts.jsonl"
-        sample.main(["--model_name_or_path", str(checkpoints[name]), *STEPS, "--output", str(file), *map(str, flags)])
+        sample.main(["--model_name_or_path", str(saved[name]), *STEPS, "--output", str(file), *map(str, flags)])
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
     return start
 
 
 @pytest.fixture
-def refused(checkpoints, refused):
+def refused(saved, refused):
     """Runs sample.py with flags that must fail; the one line it says."""
-    return lambda name, *flags: refused(sample.main, ["--model_name_or_path", checkpoints.get(name, name), *flags])
+    return lambda name, *flags: refused(sample.main, ["--model_name_or_path", saved.get(name, name), *flags])
 
 
 # ---------------------------------------------------------------------------------------------------- prompts, texts
@@ -103,11 +105,11 @@ def test_prompts_from_files(samples, tmp_path):
     assert samples("editflow", "--prompt_file", records) == expected
 
 
-def test_on_the_terminal_there_is_the_text_alone_or_each_under_a_heading(checkpoints, samples, capsys):
+def test_on_the_terminal_there_is_the_text_alone_or_each_under_a_heading(saved, samples, capsys):
     (alone,) = samples("editflow", "--prompt", PROMPT)
     several = samples("editflow", "--prompt", PROMPT, "--num_samples", 2)
     capsys.readouterr()
-    argv = ["--model_name_or_path", str(checkpoints["editflow"]), *STEPS, "--prompt", PROMPT]
+    argv = ["--model_name_or_path", str(saved["editflow"]), *STEPS, "--prompt", PROMPT]
     sample.main(argv)
     assert capsys.readouterr().out == alone["response"] + "\n"
     sample.main([*argv, "--num_samples", "2"])
@@ -122,7 +124,7 @@ def test_text_ends_before_end_of_message():
 
 
 def test_tau_is_one_over_steps():
-    flow = models.build("editflow", "tiny", 9)
+    flow = checkpoints.new_model("editflow", "tiny", 9)
     for flags, expected in (("", 100), ("--tau 0.25", 4), ("--tau 1", 1), ("--steps 7", 7)):
         args = sample.parse_args(["--model_name_or_path", "x", *flags.split()])
         assert sample.passes(flow, args) == expected
@@ -131,18 +133,17 @@ def test_tau_is_one_over_steps():
 def test_where_edit_flows_start(samples, monkeypatch):
     starts, step = [], editflow.sample
     monkeypatch.setattr(editflow, "sample", lambda *a, x0, **k: starts.append(x0) or step(*a, x0=x0, **k))
-    mask = data.toy_tokenizer().mask_id
-    toy = data.toy_tokenizer()
-    draft = [*toy.encode("That makes 8."), toy.eos_id]
+    words = toy.tokenizer()
+    draft = [*words.encode("That makes 8."), words.eos_id]
     samples("editflow", "--prompt", PROMPT)
     samples("editflow", "--prompt", PROMPT, "--mask_length", 3)
     samples("editflow", "--prompt", PROMPT, "--x0_sampler", "empty")
     samples("draft", "--prompt", PROMPT, OTHER, "--draft", "That makes 8.")
     samples("editflow", "--prompt", PROMPT, "--draft", "That makes 8.")
-    assert starts == [[[mask] * 6], [[mask] * 3], [[]], [draft, draft], [draft]]
+    assert starts == [[[words.mask_id] * 6], [[words.mask_id] * 3], [[]], [draft, draft], [draft]]
 
 
-def test_the_chat_template_wraps_prompts_unless_switched_off(checkpoints, samples, monkeypatch):
+def test_the_chat_template_wraps_prompts_unless_switched_off(saved, samples, monkeypatch):
     seen, generate = [], sample.generate
 
     def watched(model, tokenizer, prompts, *args):
@@ -172,9 +173,9 @@ def test_a_gif_and_a_page_of_the_decode(name, samples, tmp_path):
     assert page.read_text(encoding="utf-8").startswith("<!")
 
 
-def test_make_gif_has_a_default_name(checkpoints, tmp_path, monkeypatch, capsys):
+def test_make_gif_has_a_default_name(saved, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    sample.main(["--model_name_or_path", str(checkpoints["editflow"]), *STEPS, "--prompt", PROMPT, "--make_gif"])
+    sample.main(["--model_name_or_path", str(saved["editflow"]), *STEPS, "--prompt", PROMPT, "--make_gif"])
     assert "decode drawn in decode_trace.gif" in capsys.readouterr().err
     assert (tmp_path / "decode_trace.gif").stat().st_size > 1000
 
@@ -183,12 +184,12 @@ def test_make_gif_has_a_default_name(checkpoints, tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture
-def conversation(checkpoints, monkeypatch, capsys):
+def conversation(saved, monkeypatch, capsys):
     """Runs --interactive with these lines typed; (stdout, stderr)."""
 
     def start(name, typed, *flags):
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        sample.main(["--model_name_or_path", str(checkpoints[name]), *STEPS, "--interactive", *map(str, flags)])
+        sample.main(["--model_name_or_path", str(saved[name]), *STEPS, "--interactive", *map(str, flags)])
         return capsys.readouterr()
 
     return start
@@ -245,9 +246,9 @@ def test_a_prompt_that_is_too_long_does_not_end_the_conversation(name, conversat
 
 
 @pytest.mark.slow
-def test_a_conversation_through_a_pipe(checkpoints):
+def test_a_conversation_through_a_pipe(saved):
     """As the shell starts it; the output is no terminal, so the answers come without drawing."""
-    flags = ["--model_name_or_path", str(checkpoints["chat"]), "--interactive", *STEPS]
+    flags = ["--model_name_or_path", str(saved["chat"]), "--interactive", *STEPS]
     result = subprocess.run(
         [sys.executable, str(ROOT / "sample.py"), *flags],
         input=f"Hello\n\n{'long ' * 300}\n", capture_output=True, text=True, timeout=120,
@@ -273,7 +274,7 @@ def test_a_prompt_longer_than_the_positions(name, refused):
 def test_a_roberta_prompt_may_fill_the_positions_that_are_really_there(tmp_path, refused):
     """Two of its 20 positions are taken by the padding token's offset."""
     save_encoder(tmp_path, "medlm", "roberta", positions=20)
-    prompt = len(data.encode_prompt([user(PROMPT)], data.toy_tokenizer()))
+    prompt = len(data.encode_prompt([user(PROMPT)], toy.tokenizer()))
     sample.main(["--model_name_or_path", str(tmp_path), "--prompt", PROMPT, "--init_num", str(18 - prompt), "-e", "0"])
     assert "18 positions" in refused(tmp_path, "--prompt", PROMPT, "--init_num", 19 - prompt)
 
@@ -291,14 +292,14 @@ def test_a_prompt_file_without_a_prompt(name, refused, tmp_path):
     assert f"{tmp_path}/{name}" in refused("editflow", "--prompt_file", tmp_path / name)
 
 
-def test_a_checkpoint_without_tokenizer(tmp_path, checkpoints, refused):
-    models.save(models.load(checkpoints["editflow"]), tmp_path)
+def test_a_checkpoint_without_tokenizer(tmp_path, saved, refused):
+    checkpoints.save(checkpoints.load(saved["editflow"]), tmp_path)
     assert f"no tokenizer in {tmp_path}" in refused(tmp_path)
 
 
 def test_files_that_cannot_be_written_are_found_before_the_model_is_read(tmp_path, refused, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(models, "load", lambda *a, **k: pytest.fail("the model was read first"))
+    monkeypatch.setattr(checkpoints, "load", lambda *a, **k: pytest.fail("the model was read first"))
     for flag in ("--output", "--make_gif", "--make_html"):
         path = tmp_path / "file/below"
         assert f"{path}: cannot be written" in refused("editflow", flag, path)

@@ -20,8 +20,10 @@ import medlm
 import models
 import parallel
 import sample
+import toy
 import train
 from plumbing import checkpoints
+from plumbing.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(train.__file__).parent
 TOY = "--dataset_args toy[train:48,test:6] --per_device_train_batch_size 8"
@@ -140,7 +142,7 @@ def test_steps_follow_from_epochs_and_groups(tmp_path):
 def test_every_example_once_an_epoch_in_another_order():
     args = train.parse_args(f"{TOY} {METHODS['editflow']} --output_dir x".split())
     records, held_out, _ = data.load_records(args.dataset_args, args.seed)
-    dataset = train.Data(args, data.toy_tokenizer(), records, held_out, parallel.Ranks())
+    dataset = train.Data(args, toy.tokenizer(), records, held_out, parallel.Ranks())
     stream = dataset.stream(0)
     epochs = [[tuple(e.prompt + e.response) for _ in range(6) for e in next(stream)] for _ in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1])
@@ -154,7 +156,7 @@ def test_continued_training_from_a_checkpoint_keeps_its_settings(tmp_path):
     run("editflow", first, "--max_steps 1 --schedule linear --x0_sampler masks[length:5] --time_conditioned")
     flags = f"--method editflow --model_name_or_path {first} --output_dir {second} --max_steps 1"
     train.main(f"{TOY} {QUICK} {flags}".split())
-    settings = models.load(second).config.nanoedit
+    settings = checkpoints.load(second).config.nanoedit
     assert settings["schedule"] == "linear"
     assert settings["x0_sampler"] == "masks[length:5]"
     assert settings["time_conditioned"] is True
@@ -178,7 +180,7 @@ def test_copy_head_starts_the_second_head_as_the_first(tmp_path, monkeypatch):
 
 def test_drafts_are_where_training_starts(tmp_path):
     run("editflow", tmp_path, "--dataset_args toy-repair[train:48,test:6] --x0_sampler draft --max_steps 3")
-    assert models.load(tmp_path).config.nanoedit["x0_sampler"] == "draft"
+    assert checkpoints.load(tmp_path).config.nanoedit["x0_sampler"] == "draft"
     flags = f"--model_name_or_path {tmp_path} --output {tmp_path}/repaired.jsonl --steps 4"
     sample.main([*flags.split(), "--prompt", "Ann has 3 apples, gets 4:", "--draft", "That makes 8."])
     assert isinstance(json.loads((tmp_path / "repaired.jsonl").read_text())["response"], str)
@@ -195,7 +197,7 @@ def test_one_record_without_a_draft_is_found_before_training_starts(tmp_path, re
 
 def test_uniform_starts_from_the_frequencies_of_the_responses(tmp_path):
     run("editflow", tmp_path, "--x0_sampler uniform[length:6] --max_steps 2")
-    model, tokenizer = models.load(tmp_path), data.load_tokenizer(tmp_path / "checkpoint-final")
+    model, tokenizer = checkpoints.load(tmp_path), load_tokenizer(tmp_path / "checkpoint-final")
     records, _, _ = data.load_records("toy[train:48,test:6]", 42)
     ids = [i for r in records for i in [*tokenizer.encode(r["response"]), tokenizer.eos_id]]
     expected = torch.bincount(torch.tensor(ids), minlength=tokenizer.vocab_size) / len(ids)
@@ -204,11 +206,11 @@ def test_uniform_starts_from_the_frequencies_of_the_responses(tmp_path):
 
 def test_a_model_with_more_rows_than_tokens_keeps_them(tmp_path):
     """Published embeddings are often rounded up."""
-    rows = data.toy_tokenizer().vocab_size + 7
+    rows = toy.tokenizer().vocab_size + 7
     save_checkpoint(tmp_path / "wide", rows=rows)
     out = tmp_path / "out"
     run("editflow", out, f"--model_name_or_path {tmp_path}/wide --x0_sampler uniform[length:6] --max_steps 1")
-    assert models.load(out).unigram.shape == (rows,)
+    assert checkpoints.load(out).unigram.shape == (rows,)
 
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 60
@@ -223,8 +225,8 @@ def corpus(tmp_path_factory):
 
 def test_a_text_brings_its_own_tokenizer(corpus, tmp_path):
     run("editflow", tmp_path, f"--dataset_args {corpus} --max_length 16 --vocab_size 320 --max_steps 2")
-    tokenizer = data.load_tokenizer(tmp_path / "checkpoint-final")
-    assert 256 < models.load(tmp_path).config.vocab_size == tokenizer.vocab_size <= 320
+    tokenizer = load_tokenizer(tmp_path / "checkpoint-final")
+    assert 256 < checkpoints.load(tmp_path).config.vocab_size == tokenizer.vocab_size <= 320
     assert len(tokenizer.encode(" quick")) == 1, "trained on this text"
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
 
@@ -233,7 +235,7 @@ def test_a_file_called_toys_is_not_the_toy_task(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "toys.txt").write_text(TEXT)
     run("editflow", tmp_path / "out", "--dataset_args toys.txt --max_length 16 --vocab_size 300 --max_steps 1")
-    assert models.load(tmp_path / "out").config.vocab_size == 300
+    assert checkpoints.load(tmp_path / "out").config.vocab_size == 300
 
 
 # ---------------------------------------------------------------------------------------------------- stop, go on
@@ -319,7 +321,7 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_whole(where, tmp_path, mo
     with pytest.raises(OSError, match=f"{tmp_path}/checkpoint-4: cannot be saved .*the same command goes on"):
         run("editflow", tmp_path, flags)
     assert [c.name for c in checkpoints.checkpoints(tmp_path)] == ["checkpoint-2"]
-    models.load(tmp_path)
+    checkpoints.load(tmp_path)
     run("editflow", tmp_path, flags)
     assert [c.name for c in checkpoints.checkpoints(tmp_path)] == ["checkpoint-final"]
     assert not list(tmp_path.glob(".writing*"))
@@ -399,7 +401,7 @@ def test_ctrl_c_and_errors_as_the_shell_sees_them(tmp_path):
     assert "Traceback" not in err
     (saved,) = checkpoints.checkpoints(out)
     assert f"saved in {saved}" in err
-    assert models.load(out).config.nanoedit["method"] == "editflow"
+    assert checkpoints.load(out).config.nanoedit["method"] == "editflow"
 
     _, err = bad.communicate(timeout=120)
     assert bad.returncode == 2
@@ -470,7 +472,7 @@ def test_checkpoints_that_do_not_fit(toy_checkpoint, tmp_path, refused):
         return refused(f"--method {method} --output_dir {tmp_path}/out --model_name_or_path {toy_checkpoint} {data}")
 
     assert "this is a checkpoint of method 'editflow', but 'medlm' is asked for" in with_model("medlm")
-    tokenizer = data.train_tokenizer([TEXT], 300)
+    tokenizer = train_tokenizer([TEXT], 300)
     tokenizer.save(toy_checkpoint)
     assert "300" in with_model("editflow"), "a tokenizer with more tokens than the model has rows"
     (toy_checkpoint / "tokenizer.json").unlink()

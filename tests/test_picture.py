@@ -4,15 +4,15 @@ import re
 import trace as tr
 from itertools import pairwise
 
+import frames as fr
 import numpy as np
+import plot
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageColor, ImageDraw
 
-import frames as fr
-import plot
 from ragged import DEL, GAP, KEEP, SUB, Ragged, apply_edits
 
 WORDS = ["<bos>", "<mask>", "<pad>", " the", " cat", "s", ".", "\n", " sat", "  ", "é"]

@@ -1,0 +1,125 @@
+"""The toy task: arithmetic word problems whose answers vary in phrasing, order and length and can still be checked.
+
+    Ann has 3 apples, gets 4:      ->      Start with 3, add 4, get 7. So now Ann has 7 apples. #### 7
+
+8 tokens of prompt (with bos), 6 to 22 of response, 18 right responses to every prompt. A model that decides about
+several positions at once mixes the phrasings up; editing can put that right.
+"""
+
+import hashlib
+import re
+from itertools import product
+
+import numpy as np
+
+from plumbing.tokenizer import Tokenizer, word_tokenizer
+
+SOURCES = ("toy", "toy-repair")  # their names in a dataset spec; toy-repair has drafts
+HELD_OUT = 304  # of 1008 prompts
+PROMPT = "{name} has {a} apples, {verb} {b}:"
+NAMES = ("Ann", "Ben", "Cora", "Dan", "Eva", "Finn", "Gil", "Hana")
+STEPS = {
+    "gets": (
+        "{a} + {b} = {c}.",
+        "{c} = {b} + {a}.",
+        "That makes {c}.",
+        "{a} and {b} more make {c}.",
+        "Adding {b} to {a} gives {c}.",
+        "Start with {a}, add {b}, get {c}.",
+    ),
+    "loses": (
+        "{a} - {b} = {c}.",
+        "{c} + {b} = {a}.",
+        "That leaves {c}.",
+        "{a} less {b} makes {c}.",
+        "Taking {b} from {a} leaves {c}.",
+        "Start with {a}, take {b}, get {c}.",
+    ),
+}
+ENDINGS = ("#### {c}", "The answer is {c}. #### {c}", "So now {name} has {c} apples. #### {c}")
+
+
+def prompts(split: str) -> list[str]:
+    """The prompts to train on ("train") or those held out ("test"), always the same, in an order that means nothing."""
+    every = [
+        PROMPT.format(name=name, a=a, verb=verb, b=b)
+        for name, verb, a, b in product(NAMES, STEPS, range(1, 10), range(1, 10))
+        if verb == "gets" or b <= a
+    ]
+    every.sort(key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
+    return {"test": every[:HELD_OUT], "train": every[HELD_OUT:]}[split]
+
+
+def _parse(prompt: str) -> tuple[dict, list[str]]:
+    """(what to put into a template of this problem, the 18 templates)"""
+    match = re.fullmatch(r"\s*(\w+) has (\d) apples, (gets|loses) (\d):\s*", prompt)
+    if not match:
+        raise ValueError(f"not a prompt of the toy task: {prompt!r}; one is 'Ann has 3 apples, gets 4:'")
+    name, a, verb, b = match.groups()
+    c = int(a) + (int(b) if verb == "gets" else -int(b))
+    templates = [f"{step} {ending}" for step in STEPS[verb] for ending in ENDINGS]
+    return {"name": name, "a": int(a), "b": int(b), "c": c}, templates
+
+
+def valid_responses(prompt: str) -> set[str]:
+    """The 18 right responses."""
+    problem, templates = _parse(prompt)
+    return {template.format(**problem) for template in templates}
+
+
+def check(prompt: str, response: str) -> tuple[bool, bool]:
+    """(the number after #### is right, the whole response is one of the right ones)"""
+    answer = re.search(r".*####\s*(\d+)", response, re.DOTALL)
+    right = bool(answer) and int(answer[1]) == _parse(prompt)[0]["c"]
+    return right, " ".join(response.split()) in valid_responses(prompt)
+
+
+def records(split: str, n: int, seed: int, repair: bool = False) -> list[dict]:
+    """n records: prompts of the split in random order (all different while there are enough), random right responses.
+
+    repair  adds a draft, the response with something wrong in it: in one record of four every mention of the result is
+            the same wrong number, in the others 1 to 4 words are replaced, inserted or deleted.
+    """
+    rng = np.random.default_rng([seed, split == "test", repair])
+    asked, made = prompts(split), []
+    for i in range(n):
+        if i % len(asked) == 0:
+            order = rng.permutation(len(asked))
+        prompt = asked[order[i % len(asked)]]
+        problem, templates = _parse(prompt)
+        template = str(rng.choice(templates))
+        response = template.format(**problem)
+        draft = _draft(template, problem, rng) if repair else None
+        made.append({"messages": [{"role": "user", "content": prompt}], "response": response, "draft": draft})
+    return made
+
+
+def _draft(template: str, problem: dict, rng: np.random.Generator) -> str:
+    if rng.random() < 0.25:
+        wrong = (problem["c"] + int(rng.integers(1, 19))) % 19
+        return template.format(**problem | {"c": wrong})
+    draft = words(template.format(**problem))
+    for _ in range(rng.integers(1, 5)):
+        at, kind = int(rng.integers(len(draft))), rng.choice(["replace", "insert", "delete"])
+        new = [] if kind == "delete" else [str(rng.choice(VOCABULARY))]
+        draft[at : at + (kind != "insert")] = new
+    return text(draft)
+
+
+def words(text: str) -> list[str]:
+    """The words as the toy tokenizer sees them: digits and marks are words of their own ("apples," is one)."""
+    return re.findall(r"\d|[.:,]|[^\s\d.:,]+,?", text)
+
+
+def text(words: list[str]) -> str:
+    """The words as the toy tokenizer writes them."""
+    return re.sub(r" (?=[.:])|(?<=\d) (?=[\d,])", "", " ".join(words))
+
+
+_TEXT = " ".join([PROMPT, *STEPS["gets"], *STEPS["loses"], *ENDINGS])
+VOCABULARY = sorted({*"0123456789", *NAMES, *STEPS, *words(re.sub(r"\{\w+\}", " ", _TEXT))})
+
+
+def tokenizer() -> Tokenizer:
+    """One token per word and digit of the toy task: 50 or so."""
+    return word_tokenizer(VOCABULARY)
