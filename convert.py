@@ -63,13 +63,6 @@ _ANGLES = {"bos": "<s>", "eos": "</s>", "mask": "<mask>", "pad": "<pad>", "unk":
 # the roles that a tokenizer of this family plays even where its config does not say so
 ENCODER_TOKENS = {"bert": _BRACKETS, "modernbert": _BRACKETS, "roberta": _ANGLES}
 
-# Settings under which a checkpoint would load, but compute something else than its authors' code.
-REQUIRED = {
-    "position_embedding_type": "absolute", "use_sliding_window": False, "is_decoder": False,
-    "partial_rotary_factor": 1.0, "alibi": False, "include_bias": False, "include_qkv_bias": False,
-    "scale_logits": False, "input_emb_norm": False, "attention_layer_norm": False, "rope": True,
-}  # fmt: skip
-
 # Hugging Face's names of the output matrix's module; where there are two, both have the bias
 OUTPUT = {
     "modernbert": ["decoder"],
@@ -82,26 +75,27 @@ HF_CLASS = {
     "modernbert": "ModernBertForMaskedLM", "bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM",
 }  # fmt: skip
 
+
 def parse_args(argv=None):
     f = cli.Flags("Convert checkpoints from and to Hugging Face's layout.")
-    a = f.add_argument
-    a("--to", choices=["bidirectional", "hf", *methods.NAMES], required=True, help="what to make")
-    a("--model_name_or_path", "--input", "-i", required=True, help="checkpoint directory or hub id to read")
-    a("--output_dir", "-o", required=True, help="directory to write; must be new or empty")
-    a("--revision", help="branch, tag or commit of the hub repository")
+    f.choice("--to", choices=["bidirectional", "hf", *methods.METHODS], required=True, help="what to make")
+    f.choice("--model_name_or_path", "--input", "-i", required=True, help="checkpoint directory or hub id to read")
+    f.choice("--output_dir", "-o", required=True, help="directory to write; must be new or empty")
+    f.choice("--revision", help="branch, tag or commit of the hub repository")
     f.flag("--merge_lora", help="the source holds LoRA adapters: add them to the weights they were trained on")
     f.flag("--overwrite", help="replace the checkpoint in output_dir")
-    a("--dtype", choices=["keep", "float32", "bfloat16"], default="keep", help="of the weights written")
-    a("--seed", type=cli.number(int, low=0), default=42, help="of the heads that start at random")
-    for method in methods.NAMES:
-        methods.get(method).model_flags(f)
+    f.choice("--dtype", choices=["keep", "float32", "bfloat16"], default="keep", help="of the weights written")
+    f.integer("--seed", low=0, default=42, help="of the heads that start at random")
+    for method in methods.METHODS.values():
+        f.group(method.TITLE)
+        method.model_flags(f)
     args = f.parse_args(argv)
-    for method in set(methods.NAMES) - {args.to}:
-        others = cli.Flags("")
-        methods.get(method).model_flags(others)
-        for flag, default in vars(others.parse_args([])).items():
+    for name in methods.METHODS.keys() - {args.to}:
+        alone = cli.Flags("")
+        methods.get(name).model_flags(alone)
+        for flag, default in vars(alone.parse_args([])).items():
             if getattr(args, flag) != default:
-                f.error(f"--{flag} goes with --to {method} only")
+                f.error(f"--{flag} goes with --to {name} only")
     return args
 
 
@@ -167,23 +161,12 @@ def load_bin(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: truncated, corrupt, or not a PyTorch file of tensors alone ({reason})") from None
 
 
-def read_config(directory: Path) -> dict:
-    """config.json, with LLaDA's own field names replaced. Raises ValueError for what we would compute differently."""
-    raw = checkpoints.read_config(directory)
-    check_supported(raw, directory)
-    if "d_model" in raw:
-        kept = {field: value for field, value in raw.items() if field.endswith("_token_id") or field == "nanoedit"}
-        raw = kept | checkpoints.llada_config(raw) | {"model_type": raw.get("model_type")}
-    if models.complete_config(raw).model_type == "modernbert":
-        raw["vocab_bias"] = raw.get("vocab_bias", raw.get("decoder_bias", True))
-    return raw
-
-
-def check_supported(raw: dict, directory: Path) -> None:
-    """Raises ValueError naming a field of config.json that asks for what the backbones do not compute."""
-    for field, value in REQUIRED.items():
-        if raw.get(field) is not None and raw[field] != value:
-            raise ValueError(f"{directory}/config.json: {field} {raw[field]!r} is not supported, only {value!r}")
+def read_config(directory: Path) -> models.Config:
+    """config.json. LLaDA's own names of its fields are dropped: whatever is written has Llama's."""
+    config = checkpoints.read_config(directory)
+    if "d_model" in config.other:
+        config.other = {field: value for field, value in config.other.items() if field.endswith("_token_id")}
+    return config
 
 
 def spellings(name: str, kind: str) -> list[str]:
@@ -343,7 +326,7 @@ def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: 
         may_be_tied = True
         pass_through(model.get_submodule(".".join(transform[0].split(".")[:2])))
     fresh = new_tensors(model, heads, seed)
-    outputs = [*(methods.get(method).HEADS[0] for method in methods.NAMES), "lm_head"]
+    outputs = [*(method.HEADS[0] for method in methods.METHODS.values()), "lm_head"]
     output = next((module for module in outputs if find(f"{module}.weight")), embedding.removesuffix(".weight"))
     if output not in outputs and not may_be_tied:
         raise ValueError("tensor 'lm_head.weight' is missing, and config.json does not tie it to the embeddings")
@@ -368,7 +351,7 @@ def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: 
         if new_ids and (module in (*heads, "") or name == embedding):  # "": token frequencies
             meta, make = meta.new_empty(rows, *meta.shape[1:]), partial(grow, make, new_ids, rows)
         plan.append(Lazy(checkpoints.disk_name(kind, name), meta, make, how))
-    if to not in methods.NAMES:
+    if to not in methods.METHODS:
         plan = hf_plan(plan, find(f"{output}.weight"), find(embedding), config)
     left_over = [name for name in have if name not in used]
     refuse_strangers(left_over)
@@ -378,11 +361,10 @@ def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: 
 def skeleton(config, to: str) -> tuple[nn.Module, tuple[str, ...]]:
     """The target, without memory for its weights, and the names of its vocabulary heads."""
     with torch.device("meta"):
-        if to in methods.NAMES:
-            return checkpoints.build_model(to, config), methods.get(to).HEADS
-        backbone = models.ARCHITECTURES[config.model_type][0](config)
+        if to in methods.METHODS:
+            return checkpoints.build(config), methods.get(to).HEADS
         lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.vocab_bias)
-        return nn.ModuleDict({"model": backbone, "lm_head": lm_head}), ("lm_head",)
+        return nn.ModuleDict({"model": models.backbone(config), "lm_head": lm_head}), ("lm_head",)
 
 
 def pass_through(transform: nn.ModuleDict) -> None:
@@ -472,22 +454,21 @@ def write_tensors(directory: Path, plan: list[Lazy], split) -> None:
         checkpoints.write_json(directory / "model.safetensors.index.json", index)
 
 
-def target_config(raw: dict, config, to: str, rows: int, plan: list[Lazy]) -> dict:
-    """config.json of the target. raw: the source's; config: the same, completed, with the target's own settings."""
-    kind, foreign = config.model_type, ("architectures", "auto_map", "torch_dtype", "nanoedit")
-    new = {field: value for field, value in raw.items() if field not in foreign}
+def target_config(config: models.Config, to: str, rows: int, plan: list[Lazy]) -> dict:
+    """config.json of the target. config: the source's, with the target's own settings."""
+    kind, foreign = config.model_type, {"architectures", "auto_map", "torch_dtype"}
+    new = checkpoints.config_as_json(config)
     new |= {"model_type": kind, "vocab_size": rows, "dtype": str(plan[0].meta.dtype).removeprefix("torch.")}
-    if to in methods.NAMES:
-        return new | {"nanoedit": config.nanoedit}
-    if kind not in ENCODER_TOKENS:
-        new["is_causal"] = False
-    output = OUTPUT.get(kind, ["lm_head"])[0]
-    new["tie_word_embeddings"] = f"{output}.weight" not in {tensor.name for tensor in plan}
+    if to not in methods.METHODS:
+        foreign.add("nanoedit")
+        if kind not in ENCODER_TOKENS:
+            new["is_causal"] = False
+        output = OUTPUT.get(kind, ["lm_head"])[0]
+        new["tie_word_embeddings"] = f"{output}.weight" not in {tensor.name for tensor in plan}
+    new = {field: value for field, value in new.items() if field not in foreign}
     if to == "hf":
-        defaults = {field: value for field, value in models.ARCHITECTURES[kind][1].items() if value is not None}
-        new = defaults | new  # they need not be those of HF_CLASS
-        for field in ("qk_norm", "attention_out_bias", "vocab_bias"):
-            new.pop(field, None)
+        ours = {"qk_norm", "attention_out_bias", "vocab_bias"}
+        new = {field: value for field, value in new.items() if field not in ours and value is not None}
         new |= {"model_type": HF_TYPE.get(kind, kind), "architectures": [HF_CLASS[HF_TYPE.get(kind, kind)]]}
     return new
 
@@ -526,11 +507,10 @@ def convert(args) -> None:
     output = Path(os.path.abspath(args.output_dir))
     check_output(output, args.overwrite)
     directory = fetch(args.model_name_or_path, args.revision)
-    raw = read_config(directory)
-    config = models.complete_config(raw)
+    config = read_config(directory)
     kind = config.model_type
     base = base_checkpoint(directory, args.merge_lora)
-    method = methods.get(args.to) if args.to in methods.NAMES else None
+    method = methods.get(args.to) if args.to in methods.METHODS else None
     if method:
         config.nanoedit = {"method": args.to} | method.remember(args, config.nanoedit)
 
@@ -562,7 +542,7 @@ def convert(args) -> None:
     target = output.with_name(f".converted-{output.name}") if output.exists() else output
     with checkpoints.whole_directory(target) as writing:
         write_tensors(writing, plan, split)
-        checkpoints.write_json(writing / "config.json", target_config(raw, config, args.to, rows, plan))
+        checkpoints.write_json(writing / "config.json", target_config(config, args.to, rows, plan))
         tokenizer.save(writing)
     if target != output:
         publish(target, output)

@@ -172,9 +172,11 @@ class Model(nn.Module):
             self.register_buffer("unigram", torch.ones(V) / V)
 
     def init_heads(self, generator: torch.Generator) -> None:
-        """What no pretrained checkpoint has: small rates to begin with, and a time embedding that adds nothing."""
+        """Small rates to begin with, a time embedding that adds nothing, equal token frequencies."""
         nn.init.normal_(self.rate_heads[0].weight, std=0.02, generator=generator)
         nn.init.constant_(self.rate_heads[0].bias, -2.0)  # softplus(-2) = 0.13 edits per token
+        if hasattr(self, "unigram"):
+            self.unigram.fill_(1 / len(self.unigram))
         if self.depends_on_t:
             first, _, last = self.time_embed
             nn.init.normal_(first.weight, std=TIME_FEATURES**-0.5, generator=generator)

@@ -165,18 +165,14 @@ def open_tensors(file: Path):
 
 
 def read_tensor(file: Path, name: str, shape) -> Tensor:
-    """One tensor from a safetensors file. Raises ValueError when it is absent or has another shape.
-
-    It is a copy: tensors lie at odd addresses in the memory map, where the kernels of some processors round
-    differently, and a run would not go on exactly as it began.
-    """
+    """One tensor of a safetensors file, in its memory map. Raises ValueError when it is absent or has another shape."""
     with open_tensors(file) as f:
         if name not in f.keys():  # noqa: SIM118
             raise ValueError(f"{file}: tensor {name!r} is missing, although the index names this file for it")
         tensor = f.get_tensor(name)
     if tensor.shape != shape:
         raise ValueError(f"{file}: tensor {name!r} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-    return tensor.clone()
+    return tensor
 
 
 # ---------------------------------------------------------------------------------------------------- names, config
@@ -263,6 +259,8 @@ def complete_config(raw: dict) -> models.Config:
         if raw.get(name) is not None and raw[name] not in values:
             raise ValueError(f"{name} {raw[name]!r} is not supported for {kind}, only {values[0]!r}")
     raw = raw | (llada_config(raw) if "d_model" in raw else {}) | rope_fields(raw)
+    if kind == "modernbert" and "decoder_bias" in raw:
+        raw = {"vocab_bias": raw["decoder_bias"]} | raw
     names = {field.name for field in fields(family)} - {"other"}
     values = defaults | {name: value for name, value in raw.items() if name in names} | {"model_type": kind}
     for field in fields(family):
@@ -377,7 +375,8 @@ def preset_sizes(preset: str) -> dict:
 
 def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None) -> nn.Module:
     """A checkpoint of any method, from a directory or a hub id. The model is built on the meta device and its tensors
-    are read one by one. LoRA adapters are merged into their base model.
+    are copied one by one: in the memory map they lie at odd addresses, where the kernels of some processors round
+    differently, and a run would not go on exactly as it began. LoRA adapters are merged into their base model.
 
     method: when given, a checkpoint of another method is refused. Raises OSError / ValueError naming the file.
     """
@@ -402,7 +401,7 @@ def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None
         source = disk_name(naming(config), name)
         if source not in files:
             raise ValueError(f"{directory}: tensor {source!r} is missing; `convert.py --to {found}` adds missing heads")
-        state[name] = read_tensor(files[source], source, parameter.shape).to(device=device, dtype=dtype)
+        state[name] = read_tensor(files[source], source, parameter.shape).to(device, dtype, copy=True)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
 

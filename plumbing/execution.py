@@ -1,6 +1,6 @@
 """Run a generated program against its tests, and survive it. Linux only.
 
-    result = run(program, tests)          # Result(passed, reason, seconds)
+    run(program, tests)          # "passed", or what went wrong, in one line
 
 The program gets a fresh interpreter in a fresh, empty directory that is removed afterwards, its own session, an
 environment of six variables, an empty stdin and a wall clock. It has passed when, and only when, the last line of its
@@ -39,147 +39,88 @@ import json
 import os
 import secrets
 import select
-import shutil
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
-import time
 import types
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
 
 TIMEOUT = 10.0  # seconds of wall clock, interpreter start included
 MEMORY = 1 << 30  # bytes of address space
 FILE_SIZE = 16 << 20  # bytes, per file
 OPEN_FILES = 64
-REASON_LENGTH = 200  # characters of an error message that are kept
+REASON_LENGTH = 200  # characters of an error message that are kept: a pipe takes so short a report in one piece
 
 
-@dataclass(frozen=True)
-class Result:
-    passed: bool
-    reason: str  # "passed", or what went wrong, in one line
-    seconds: float  # wall clock
-
-
-# ----------------------------------------------------------------------------------------------- the side that survives
-
-
-def run(program: str, tests: str, timeout: float = TIMEOUT, memory: int = MEMORY) -> Result:
-    """Execute `program`, then `tests` in the same namespace; passed when the tests' last line was reached in time.
-
-    `timeout` in seconds, `memory` in bytes. Raises OSError when the confinement itself cannot be set up (that is no
-    verdict on the program), or on a system other than Linux.
+def run(program: str, tests: str, timeout: float = TIMEOUT, memory: int = MEMORY) -> str:
+    """Execute `program`, then `tests` in the same namespace. Returns "passed" or what went wrong. timeout in seconds,
+    memory in bytes. Raises OSError where programs cannot be confined: that is no verdict on the program.
     """
     if sys.platform != "linux":
         raise OSError(f"generated programs run on Linux only (their limits are the kernel's), not on {sys.platform}")
-    token, started = secrets.token_hex(16), time.monotonic()
+    token = secrets.token_hex(16)
+    task = {"token": token, "program": program, "tests": tests, "memory": memory, "cpu": int(timeout) + 1}
     home = tempfile.mkdtemp(prefix="nanoedit-")
-    report_in, report_out = os.pipe()
-    task = {"token": token, "program": program, "tests": tests, "report": report_out}
-    task |= {"memory": memory, "cpu": int(timeout) + 1}
     try:
-        with os.fdopen(report_in, "rb", buffering=0) as report:
-            child = _start(home, report_out)
+        with _start(home) as child:
             try:
-                with suppress(BrokenPipeError), child.stdin:  # the child may have died; then the report is empty
+                with suppress(BrokenPipeError), child.stdin:  # the child may have died; then its report is empty
                     child.stdin.write(json.dumps(task).encode())
-                line = _first_line(report, started + timeout)
+                if not select.select([child.stdout], [], [], timeout)[0]:
+                    return f"timed out after {timeout:g} s"
+                report = os.read(child.stdout.fileno(), select.PIPE_BUF)  # it was written in one piece
             finally:
                 os.killpg(child.pid, signal.SIGKILL)  # not yet reaped, so the number is still this group's
-                child.wait()
-    finally:
-        _remove(home)
-    reason = _reason(line, token, timeout)
-    return Result(reason == "passed", reason, time.monotonic() - started)
-
-
-def _remove(folder: str) -> None:
-    """Also when the program has taken permissions away, or nested folders deeper than Python's recursion."""
-    try:
-        shutil.rmtree(folder)
-    except (OSError, RecursionError):
-        for command in (["chmod", "-R", "u+rwx", folder], ["rm", "-rf", folder]):
+    finally:  # programs can take permissions away, and nest folders deeper than Python's recursion
+        for command in (["chmod", "-R", "u+rwx", home], ["rm", "-rf", home]):
             subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
+    return _verdict(report, token)
 
 
-def _start(home: str, report_out: int) -> subprocess.Popen:
+def _start(home: str) -> subprocess.Popen:
     """This file as a script. `-P -s` with an environment of our own isolates as `-I` does, and fixes the hash seed:
     otherwise the order of a set of strings, and with it some verdicts, would change from run to run."""
     variables = {"PATH": os.defpath, "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
     variables["OPENBLAS_NUM_THREADS"] = "1"  # numpy would start threads when imported, and may not
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-P", "-s", "-B", os.path.abspath(__file__)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=home,
-            env=variables,
-            pass_fds=[report_out],
-            start_new_session=True,
-        )
-    finally:
-        os.close(report_out)  # ours; the child's copy is now the only one, and closes with it
+    command = [sys.executable, "-P", "-s", "-B", os.path.abspath(__file__)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=home, env=variables, start_new_session=True, **pipes)
 
 
-def _first_line(report, deadline: float) -> bytes | None:
-    """What the child wrote up to the first newline; what there is when it ends without one; None at the deadline."""
-    received = b""
-    while b"\n" not in received and len(received) < 1 << 16:
-        if not select.select([report], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            return None
-        chunk = report.read(4096)
-        if not chunk:
-            break
-        received += chunk
-    return received
-
-
-def _reason(line: bytes | None, token: str, timeout: float) -> str:
-    if line is None:
-        return f"timed out after {timeout:g} s"
-    try:
-        report = json.loads(line)
-        genuine = report["token"] == token
-    except (ValueError, TypeError, KeyError):
-        genuine = False
-    if not genuine:
-        return "ended before its tests did" if not line else "wrote to the pipe that carries the verdict"
-    if report["setup_error"]:
-        raise OSError(f"cannot confine a generated program: {report['setup_error']}")
-    if not report["landlock"]:
-        _warn_without_landlock()
-    return report["reason"]
-
-
-@cache
-def _warn_without_landlock() -> None:
-    message = "no Landlock in this kernel: only an audit hook keeps generated programs off your files"
-    warnings.warn(message, stacklevel=4)
+def _verdict(report: bytes, token: str) -> str:
+    """What a report says, if it is one: nobody else knows the token that it begins with."""
+    if not report.startswith(token.encode()):
+        return "wrote to the pipe that carries the verdict" if report else "ended before its tests did"
+    said = json.loads(report[len(token) :])
+    if said["setup_error"]:
+        raise OSError(f"cannot confine a generated program: {said['setup_error']}")
+    if not said["landlock"]:  # Python shows a warning once
+        warnings.warn("no Landlock here: only an audit hook keeps generated programs off your files", stacklevel=1)
+    return said["verdict"]
 
 
 # -------------------------------------------------------------------------------------------- the side that is confined
 
 
 def _child() -> None:
-    """Read a task, confine, execute, report. Reading stdin to its end leaves the program nothing to read."""
+    """Read a task, confine, execute, report. Reading stdin to its end leaves the program nothing to read, and it finds
+    its output thrown away: the pipe that stdout was has another number."""
     task = json.load(sys.stdin)
-    os.set_inheritable(task["report"], False)
-    answer = {"token": task["token"], "setup_error": "", "landlock": 0, "reason": ""}
+    pipe = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    report = {"setup_error": "", "landlock": 0, "verdict": ""}
     write, leave, dumps = os.write, os._exit, json.dumps  # before the program can put others in their places
     try:
-        answer["landlock"] = _confine(task["memory"], task["cpu"])
+        report["landlock"] = _confine(task["memory"], task["cpu"])
     except (OSError, ValueError, ImportError) as error:
-        answer["setup_error"] = str(error) or type(error).__name__
+        report["setup_error"] = str(error) or type(error).__name__
     else:
         sys.addaudithook(_second_line(os.getcwd()))
-        answer["reason"] = _execute(task["program"], task["tests"])
-    write(task["report"], dumps(answer).encode() + b"\n")
+        report["verdict"] = _execute(task["program"], task["tests"])
+    write(pipe, (task["token"] + dumps(report)).encode())
     leave(0)
 
 
@@ -199,6 +140,7 @@ def _execute(program: str, tests: str) -> str:
 def _confine(memory: int, cpu_seconds: int) -> int:
     """The first line. Returns Landlock's version, 0 where there is none; raises OSError when a limit cannot be set."""
     import ctypes
+    import resource
 
     libc = ctypes.CDLL(None, use_errno=True)
 
@@ -215,9 +157,16 @@ def _confine(memory: int, cpu_seconds: int) -> int:
             _become_nobody(call)
     call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: a set-uid program would gain nothing; Landlock asks for it
     version = _landlock(call, os.getcwd())
-    _limit_resources(memory, cpu_seconds)
-    if os.geteuid() == 0 and _can_fork():
-        raise OSError("root may not become nobody here, and no limit binds it; evaluate as another user")
+    limits = {"CPU": cpu_seconds, "AS": memory, "FSIZE": FILE_SIZE, "NOFILE": OPEN_FILES, "CORE": 0, "NPROC": 0}
+    for name, value in limits.items():
+        kind = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)  # never more than we have been given
+        resource.setrlimit(kind, (value, value))
+    if os.geteuid() == 0:
+        with suppress(BlockingIOError):  # the limit binds this root, of a user namespace
+            os.fork() or os._exit(0)
+            raise ValueError("root may not become nobody here, and no limit binds it; evaluate as another user")
     return version
 
 
@@ -237,17 +186,6 @@ def _become_nobody(call) -> None:
         raise ValueError(f"nobody cannot read {os.path.dirname(os.__file__)}; evaluate as a user other than root")
     header = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
     call("capset", header, struct.pack("=6I", kept, kept, 0, 0, 0, 0))  # effective, permitted, inheritable; two words
-
-
-def _can_fork() -> bool:
-    try:
-        child = os.fork()
-    except OSError:
-        return False
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    return True
 
 
 def _landlock(call, home: str) -> int:
@@ -274,37 +212,21 @@ def _landlock(call, home: str) -> int:
     return version
 
 
-def _limit_resources(memory: int, cpu_seconds: int) -> None:
-    import resource
-
-    limits = {"CPU": cpu_seconds, "AS": memory, "FSIZE": FILE_SIZE, "NOFILE": OPEN_FILES, "CORE": 0, "NPROC": 0}
-    for name, value in limits.items():
-        kind = getattr(resource, f"RLIMIT_{name}")
-        hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)  # never more than we have been given
-        resource.setrlimit(kind, (value, value))
-
-
 def _second_line(home: str):
     """An audit hook (PEP 578). It sees the operation, not the name: `from os import unlink as tidy` gains nothing."""
     refused = {"os.fork", "os.forkpty", "os.system", "os.exec", "os.spawn", "os.posix_spawn", "subprocess.Popen"}
     refused |= {"os.kill", "os.killpg", "signal.pthread_kill", "socket.__new__", "ctypes.dlsym", "resource.setrlimit"}
     changing = {"os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.chown", "os.utime", "os.setxattr"}
     changing |= {"os.removexattr", "shutil.rmtree"}
-    changing_two = {"os.rename", "os.link", "os.symlink"}
+    paths_of = dict.fromkeys(changing, 1) | dict.fromkeys({"os.rename", "os.link", "os.symlink"}, 2)
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     inside, real_path, decode = os.path.realpath(home) + os.sep, os.path.realpath, os.fsdecode
 
     def hook(event: str, arguments: tuple) -> None:
         if event in refused:
             raise PermissionError(f"{event} is not available to generated programs")
-        if event in changing or (event == "open" and arguments[2] & writing):
-            paths = arguments[:1]
-        elif event in changing_two:
-            paths = arguments[:2]
-        else:
-            return
-        for path in paths:
+        opens_to_write = event == "open" and arguments[2] & writing
+        for path in arguments[: 1 if opens_to_write else paths_of.get(event, 0)]:
             if isinstance(path, int) or decode(path) == os.devnull:  # a file that is open already
                 continue
             if not (real_path(decode(path)) + os.sep).startswith(inside):

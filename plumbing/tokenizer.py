@@ -15,7 +15,8 @@ something to an editing model, and one printable string per token for the traces
 import json
 import re
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,8 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 DEL_TOKEN = "<|del|>"
 SPECIAL_TOKENS = {"pad": "<|pad|>", "bos": "<|bos|>", "eos": "<|eos|>", "mask": "<|mask|>", "del": DEL_TOKEN}
+NEW_CONFIG = {f"{role}_token": name for role, name in SPECIAL_TOKENS.items() if role != "del"}
+NEW_CONFIG |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 MASK_NAMES = ("<|mdm_mask|>", "<|mask|>", "[MASK]", "<mask>")  # for checkpoints that do not declare theirs, as LLaDA's
 END_OF_MESSAGE = ("<|im_end|>", "<|eot_id|>")
 
@@ -49,7 +52,7 @@ class Tokenizer:
 
     def __init__(self, backend, config: dict, chat_template: str | None = None):
         self.backend = backend
-        self.config = config
+        self.config = dict(config)
         self.chat_template = chat_template
 
     def encode(self, text: str) -> list[int]:
@@ -83,31 +86,22 @@ class Tokenizer:
         """One more than the largest id: the rows that an embedding must have."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    def _id(self, *names: str | None) -> int | None:
-        ids = (self.backend.token_to_id(name) for name in names if name)
+    def _id(self, *names: str) -> int | None:
+        """The first of these tokens that there is; "bos_token" and the like stand for what the config says."""
+        names = [self.config.get(name) if name.endswith("_token") else name for name in names]
+        ids = [self.backend.token_to_id(name) for name in names if name]
         return next((i for i in ids if i is not None), None)
 
-    @property
-    def bos_id(self) -> int | None:
-        return self._id(self.config.get("bos_token"), self.config.get("cls_token"))
+    bos_id = property(lambda self: self._id("bos_token", "cls_token"))
+    pad_id = property(lambda self: self._id("pad_token"))
+    mask_id = property(lambda self: self._id("mask_token", *MASK_NAMES))
+    del_id = property(lambda self: self._id(DEL_TOKEN))
 
     @property
     def eos_id(self) -> int | None:
         """The token that ends a message: the chat template's, if there is one, else the end of the text."""
         ends = [name for name in END_OF_MESSAGE if name in (self.chat_template or "")]
-        return self._id(*ends, self.config.get("eos_token"), self.config.get("sep_token"))
-
-    @property
-    def pad_id(self) -> int | None:
-        return self._id(self.config.get("pad_token"))
-
-    @property
-    def mask_id(self) -> int | None:
-        return self._id(self.config.get("mask_token"), *MASK_NAMES)
-
-    @property
-    def del_id(self) -> int | None:
-        return self._id(DEL_TOKEN)
+        return self._id(*ends, "eos_token", "sep_token")
 
     @property
     def tokens(self) -> dict[str, int | None]:
@@ -138,14 +132,10 @@ class Tokenizer:
         """
         if not self.chat_template:
             raise ValueError("the tokenizer has no chat template: pass --chat_template False, or add the template")
+        context = {"tools": None, "documents": None, **_special_names(self.config)}
+        context |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            return _compile_template(self.chat_template).render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **_special_names(self.config),
-            )
+            return _compile_template(self.chat_template).render(context)
         except Exception as error:  # a template is a program and can fail in any way
             raise ValueError(f"the chat template fails on these messages: {error}") from error
 
@@ -157,21 +147,15 @@ class Tokenizer:
         if isinstance(self.backend, SentencePiece):
             (directory / "tokenizer.model").write_bytes(self.backend.model.serialized_model_proto())
             tokens = self.backend.get_added_tokens_decoder()
-            config["added_tokens_decoder"] = {
-                str(i): {"content": token.content, "special": token.special} for i, token in tokens.items()
-            }
+            config["added_tokens_decoder"] = {i: {"content": t.content, "special": True} for i, t in tokens.items()}
         else:
-            try:
-                self.backend.save(str(directory / "tokenizer.json"))
-            except Exception as error:  # the library raises nothing more precise, on a full disk too
-                raise OSError(f"{directory / 'tokenizer.json'}: {error}") from error
-        _write_json(directory / "tokenizer_config.json", config)
-        _write_json(directory / "special_tokens_map.json", _special_names(config))
+            (directory / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
         template = directory / "chat_template.jinja"
+        template.unlink(missing_ok=True)
         if self.chat_template:
             template.write_text(self.chat_template, encoding="utf-8")
-        else:
-            template.unlink(missing_ok=True)
 
 
 class SentencePiece:
@@ -184,56 +168,44 @@ class SentencePiece:
     def __init__(self, path):
         from sentencepiece import SentencePieceProcessor
 
-        self.model = SentencePieceProcessor(model_file=str(path))
-        control = [i for i in range(len(self.model)) if self.model.is_control(i)]
-        self.added = {self.model.id_to_piece(i): i for i in control}
+        self.model = SentencePieceProcessor(model_file=path)
+        self.vocab = {self.model.id_to_piece(i): i for i in range(len(self.model))}
+        self.special = {}
+        self.add_special_tokens([AddedToken(t) for t, i in self.vocab.items() if self.model.is_control(i)])
 
     def add_special_tokens(self, tokens: list[AddedToken]) -> None:
         for token in tokens:
-            if token.content not in self.added:
-                self.added[token.content] = len(self.get_vocab())
-        self.__dict__.pop("_special", None)
-
-    @cached_property
-    def _special(self) -> re.Pattern:
-        longest_first = sorted(self.added, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else "(?!)")
+            self.special[token.content] = self.vocab.setdefault(token.content, len(self.vocab))
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self.cut = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def encode_batch_fast(self, texts, add_special_tokens=False):
         return [SimpleNamespace(ids=self._encode(text)) for text in texts]
 
     def _encode(self, text: str) -> list[int]:
         ids = []
-        for part in self._special.split(text):
-            if part in self.added:
-                ids.append(self.added[part])
-            elif part:
-                ids += self.model.encode(part)
+        for n, part in enumerate(self.cut.split(text)):  # texts at even places, special tokens between them
+            ids += [self.special[part]] if n % 2 else self.model.encode(part)
         return ids
 
     def decode(self, ids, skip_special_tokens=True) -> str:
-        names = {i: token for token, i in self.added.items()}
-        parts, run = [], []
-        for i in ids:
-            if i not in names:
-                run.append(i)
-            elif not skip_special_tokens:
-                parts += [self.model.decode(run), names[i]]
-                run = []
-        return "".join([*parts, self.model.decode(run)])
+        names = {i: token for token, i in self.special.items()}
+        if skip_special_tokens:
+            ids = [i for i in ids if i not in names]
+        parts = []
+        for is_special, run in groupby(ids, key=names.__contains__):
+            run = list(run)
+            parts += [names[i] for i in run] if is_special else [self.model.decode(run)]
+        return "".join(parts)
 
     def token_to_id(self, token: str) -> int | None:
-        return self.added.get(token, self._model_vocab.get(token))
+        return self.vocab.get(token)
 
     def get_vocab(self, with_added_tokens=True) -> dict[str, int]:
-        return {**self._model_vocab, **self.added}
-
-    @cached_property
-    def _model_vocab(self) -> dict[str, int]:
-        return {self.model.id_to_piece(i): i for i in range(len(self.model))}
+        return self.vocab
 
     def get_added_tokens_decoder(self) -> dict[int, AddedToken]:
-        return {i: AddedToken(token, special=True) for token, i in self.added.items()}
+        return {i: AddedToken(token, special=True) for token, i in self.special.items()}
 
 
 def load_tokenizer(directory, backend=None) -> Tokenizer:
@@ -242,65 +214,46 @@ def load_tokenizer(directory, backend=None) -> Tokenizer:
     backend: instead of what tokenizer.json or tokenizer.model holds.
     """
     directory = Path(directory)
-    settings = directory / "tokenizer_config.json"
+    settings, written = directory / "tokenizer_config.json", directory / "chat_template.jinja"
     config = read_json(settings)
-    added = config.pop("added_tokens_decoder", {})
+    added, template = config.pop("added_tokens_decoder", {}), config.pop("chat_template", None)
     names = _special_names(read_json(directory / "special_tokens_map.json")) | _special_names(config)
-    template = _chat_template(directory, config.pop("chat_template", None))
-
     backend = backend or _load_backend(directory)
+    if isinstance(backend, tokenizers.Tokenizer):
+        backend.no_truncation()
+        backend.no_padding()
     try:
-        missing = [token["content"] for _, token in sorted(added.items(), key=lambda item: int(item[0]))]
-        missing = [name for name in missing if backend.token_to_id(name) is None]
+        by_id = sorted(added.items(), key=lambda item: int(item[0]))
+        missing = [token["content"] for _, token in by_id if backend.token_to_id(token["content"]) is None]
         backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in missing])
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
-        raise ValueError(f"{settings}: added_tokens_decoder must map ids to objects with a text 'content'") from None
-    if not backend.get_vocab(with_added_tokens=True):
-        raise ValueError(f"{directory}: the tokenizer has an empty vocabulary")
+        if isinstance(template, list):  # of several, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if written.exists():
+            template = written.read_text(encoding="utf-8")
+        if not isinstance(template, str | None):
+            raise TypeError(f"a chat_template of type {type(template).__name__}")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"added_tokens_decoder or the chat template ({written.name}) cannot be read"
+        raise ValueError(f"{settings}: {what}: {type(error).__name__}: {error}") from None
     return Tokenizer(backend, config | names, template)
 
 
 def _load_backend(directory: Path):
-    fast, slow = directory / "tokenizer.json", directory / "tokenizer.model"
-    path = fast if fast.exists() else slow
-    if not path.exists():
-        looked_for = f"looked for {fast.name} and {slow.name}"
-        raise OSError(f"no tokenizer in {directory}: {looked_for}; copy one from the base model")
-    try:
-        if path == slow:
-            return SentencePiece(path)
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # both libraries raise bare Exception or RuntimeError
-        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _chat_template(directory: Path, in_config) -> str | None:
-    """The template's own file first. In the config it is a string, or a list of named templates."""
-    path = directory / "chat_template.jinja"
-    if path.exists():
-        try:
-            return path.read_text(encoding="utf-8")
-        except ValueError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}") from error
-    try:
-        if isinstance(in_config, list):
-            in_config = {entry["name"]: entry["template"] for entry in in_config}.get("default")
-    except (LookupError, TypeError):
-        in_config = 0
-    if not isinstance(in_config, str | None):
-        settings = directory / "tokenizer_config.json"
-        raise ValueError(f"{settings}: chat_template must be a text, or a list of objects with name and template")
-    return in_config
+    for name, read in (("tokenizer.json", tokenizers.Tokenizer.from_file), ("tokenizer.model", SentencePiece)):
+        path = directory / name
+        if path.exists():
+            try:
+                return read(str(path))
+            except Exception as error:  # both libraries raise bare Exception or RuntimeError
+                raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
+    looked_for = "looked for tokenizer.json and tokenizer.model"
+    raise OSError(f"no tokenizer in {directory}: {looked_for}; copy one from the base model")
 
 
 def _special_names(config: dict) -> dict[str, str]:
     """{"bos_token": "<s>", ...}; a token is written as a string or as {"content": "<s>", ...}."""
-    tokens = {key: value for key, value in config.items() if key.endswith("_token")}
-    tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in tokens.items()}
-    return {key: value for key, value in tokens.items() if isinstance(value, str)}
+    tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
+    return {key: value for key, value in tokens.items() if key.endswith("_token") and isinstance(value, str)}
 
 
 @lru_cache
@@ -310,16 +263,15 @@ def _compile_template(source: str) -> jinja2.Template:
     def raise_exception(message):
         raise ValueError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    loops = ["jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     return environment.from_string(source)
 
 
-MOST_TOKENS = 10**7
+MOST_TOKENS = 10**7  # in a vocabulary that is trained: the library reserves memory for as many as are asked for
 LONG_RUN = re.compile(r"(\S{1000}|\s{1000})")  # BPE takes time that is quadratic in the longest word
 
 
@@ -333,19 +285,15 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(special) + len(alphabet):
         raise ValueError(f"a vocabulary of {vocab_size} is too small: {len(special) + len(alphabet)} is the least")
-    if vocab_size > MOST_TOKENS:  # the library would reserve memory for all of them
-        raise ValueError(f"a vocabulary of {vocab_size} is too large: {MOST_TOKENS} is the most")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
-    )
+    options = {"special_tokens": special, "initial_alphabet": sorted(alphabet), "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, **options)
     pieces = (piece for text in texts for piece in LONG_RUN.sub("\\1\0", text).split("\0"))
     backend.train_from_iterator(pieces, trainer)
-    return Tokenizer(backend, _new_config(), CHAT_TEMPLATE)
+    return Tokenizer(backend, NEW_CONFIG, CHAT_TEMPLATE)
 
 
 def word_tokenizer(words) -> Tokenizer:
@@ -354,32 +302,20 @@ def word_tokenizer(words) -> Tokenizer:
     vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS.values(), "<|unk|>", *words])}
     backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
     backend.add_special_tokens(list(SPECIAL_TOKENS.values()))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"\d|(?<=\d),|[.:]"), "isolated")]
-    )
+    marks = pre_tokenizers.Split(Regex(r"\d|(?<=\d),|[.:]"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), marks])
     spaces = decoders.WordPiece(prefix="\0", cleanup=False)  # no word begins with its "continued" mark: always a space
     no_space = decoders.Replace(Regex(r" (?=[.:])|(?<=\d) (?=[\d,])"), "")
     backend.decoder = decoders.Sequence([spaces, decoders.Fuse(), no_space])
-    return Tokenizer(backend, _new_config() | {"unk_token": "<|unk|>"})
-
-
-def _new_config() -> dict:
-    tokens = {f"{role}_token": name for role, name in SPECIAL_TOKENS.items() if role != "del"}
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokens}
+    return Tokenizer(backend, NEW_CONFIG | {"unk_token": "<|unk|>"})
 
 
 def read_json(path: Path) -> dict:
     """A file that may be missing. Raises ValueError naming it when it does not hold an object."""
-    if not path.exists():
-        return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold one JSON object")
     return value
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

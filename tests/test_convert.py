@@ -20,7 +20,7 @@ from tokenizers import AddedToken, pre_tokenizers
 
 import convert
 import medlm
-from plumbing import checkpoints
+from plumbing import checkpoints, methods
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 from ragged import Ragged
 
@@ -305,7 +305,7 @@ def test_medlm_from_llada_puts_its_tokens_on_the_published_ids(tmp_path, capsys)
     out = run(tmp_path / "in", tmp_path / "out", "medlm")
     tokenizer, model = load_tokenizer(out), checkpoints.load(out)
     assert tokenizer.tokens == {"mask": 126336, "pad": 126081, "del": 126084, "eos": 126085}
-    assert medlm.special_tokens(tokenizer) == tokenizer.tokens
+    assert methods.special_tokens(medlm, tokenizer) == tokenizer.tokens
     assert tokenizer.encode("<|im_start|>t7<|im_end|><|del|>") == [126086, 7, 126085, 126084]
     assert tokenizer.chat([{"role": "user", "content": "t3"}]).startswith("<|startoftext|>")
     assert torch.equal(model.lm_head.weight, tensors["model.transformer.ff_out.weight"])  # no row added or changed
@@ -596,7 +596,7 @@ def test_memory_stays_near_one_file(tmp_path):
     done = subprocess.run([sys.executable, "-c", script, *flags], cwd=REPO, capture_output=True, text=True, check=True)
     used = int(done.stdout.split()[-1])
     print(f"peak above imports: {used / 1e6:.0f} MB; file {shard / 1e6:.0f} MB, tensor {largest / 1e6:.0f} MB")
-    assert used < shard + 2 * largest
+    assert used < shard + 3 * largest  # pages of the source that are mapped count, too
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

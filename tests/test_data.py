@@ -1,7 +1,9 @@
-"""Tokenizers agree with transformers, files are read or refused with file and line, and batches lose nothing."""
+"""Files are read or refused with file and line, and batches lose nothing."""
 
 import csv
+import dataclasses
 import gzip
+import hashlib
 import json
 import re
 import sys
@@ -9,16 +11,13 @@ import sys
 import pyarrow
 import pyarrow.parquet
 import pytest
-import sentencepiece
-import tokenizers
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
 import toy
 from data import Example, Source
-from plumbing.tokenizer import DEL_TOKEN, SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
+from plumbing.tokenizer import Tokenizer, train_tokenizer
 
 VERSE = "{0} bottles of beer on the wall, {0} bottles of beer.\nTake one down; pass it around!\n\n"
 CORPUS = "".join(map(VERSE.format, range(60)))
@@ -28,23 +27,6 @@ DIALOGUE = [
     {"role": "assistant", "content": " 12 "},
     {"role": "user", "content": 'Und "größer"?'},
 ]
-TEMPLATES = {
-    "own": None,
-    "loop controls": """\
-{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}{% endfor %}""",
-    "whitespace": """\
-{% for m in messages %}
-    {% if loop.first %}
-{{ bos_token }}
-    {% endif %}
-{{- m.role }}: {{ m.content | trim }}
-{% endfor %}
-""",
-    "json": "{{ messages | tojson }}{% if add_generation_prompt %}<|im_start|>{% endif %}",
-    "namespace": """\
-{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ eos_token }}{% endfor %}""",
-}
-
 quick = settings(deadline=None, max_examples=60)
 many = settings(deadline=None, max_examples=200)
 
@@ -77,207 +59,6 @@ def jsonl(path, records):
     return write(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-# ------------------------------------------------------------------------------------------------------- tokenizers
-
-
-@many
-@given(text=st.text(st.characters(exclude_categories=["Cs"])))
-def test_byte_level_bpe_gives_every_text_back(bpe, text):
-    ids = bpe.encode(text)
-    assert bpe.decode(ids, skip_special=False) == text
-    assert all(0 <= i < bpe.vocab_size for i in ids)
-
-
-def test_special_tokens_have_ids_and_names(bpe):
-    assert (bpe.pad_id, bpe.bos_id, bpe.mask_id, bpe.del_id) == (0, 1, 3, 4)
-    assert bpe.eos_id == bpe.encode("<|im_end|>")[0], "the chat template ends messages with <|im_end|>"
-    without = Tokenizer(bpe.backend, bpe.config, chat_template=None)
-    assert without.eos_id == bpe.encode("<|eos|>")[0]
-    ids = bpe.encode("12 bottles<|mask|> of")
-    assert bpe.pieces(ids)[-2:] == ["<|mask|>", " of"]
-    assert bpe.decode(ids) == "12 bottles of"
-    assert bpe.decode(ids, skip_special=False) == "12 bottles<|mask|> of"
-
-
-@quick
-@given(text=st.text("ab 12.\n<|ém", max_size=30))
-def test_pieces_join_to_the_text(bpe, text):
-    pieces = bpe.pieces(bpe.encode(text))
-    assert len(pieces) == len(bpe.encode(text))
-    if text.isascii():
-        assert "".join(pieces) == text
-    assert all(pieces)
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_saved_tokenizer_agrees_with_transformers(bpe, name, tmp_path):
-    ours = Tokenizer(bpe.backend, bpe.config, TEMPLATES[name] or bpe.chat_template)
-    ours.save(tmp_path)
-    oracle = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    ids = [oracle.bos_token_id, oracle.pad_token_id, oracle.mask_token_id]
-    assert [ours.bos_id, ours.pad_id, ours.mask_id] == ids
-    for text in (CORPUS[:300], "größer 😀\t x", "a<|mask|> b<|im_end|>\n"):
-        assert ours.encode(text) == oracle.encode(text, add_special_tokens=False)
-        for skip in (True, False):
-            assert ours.decode(ours.encode(text), skip) == oracle.decode(ours.encode(text), skip_special_tokens=skip)
-    for prompt in (True, False):
-        written = oracle.apply_chat_template(DIALOGUE, tokenize=False, add_generation_prompt=prompt)
-        assert ours.chat(DIALOGUE, prompt) == written
-
-
-def trained(kind: str):
-    """A tokenizer of the tokenizers library, as BERT or T5 have one, trained here."""
-    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
-    if kind == "wordpiece":
-        backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
-        backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-        backend.decoder = tokenizers.decoders.WordPiece()
-        trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=150, special_tokens=special, show_progress=False)
-    else:
-        backend = tokenizers.Tokenizer(tokenizers.models.Unigram())
-        backend.normalizer = tokenizers.normalizers.NFKC()
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-        backend.decoder = tokenizers.decoders.Metaspace()
-        trainer = tokenizers.trainers.UnigramTrainer(
-            vocab_size=150, special_tokens=special, unk_token="[UNK]", show_progress=False
-        )
-    backend.train_from_iterator([CORPUS], trainer)
-    return backend
-
-
-@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
-def test_trained_tokenizers_agree_with_transformers(kind, tmp_path):
-    trained(kind).save(str(tmp_path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "mask_token": "[MASK]", "pad_token": "[PAD]"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"clean_up_tokenization_spaces": False}))
-    ours, oracle = load_tokenizer(tmp_path), transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    assert (ours.mask_id, ours.pad_id) == (oracle.mask_token_id, oracle.pad_token_id)
-    for text in (CORPUS[:300], "größer 😀 beer  on\n the WALL", "take [MASK] down, [PAD] pass"):
-        ids = oracle.encode(text, add_special_tokens=False)
-        assert ours.encode(text) == ids
-        for skip in (True, False):
-            assert ours.decode(ids, skip) == oracle.decode(ids, skip_special_tokens=skip)
-
-
-def test_save_and_load_change_nothing(bpe, tmp_path):
-    for tokenizer in (bpe, toy.tokenizer()):
-        tokenizer.save(tmp_path)
-        again = load_tokenizer(tmp_path)
-        assert (again.config, again.chat_template) == (tokenizer.config, tokenizer.chat_template)
-        assert again.backend.to_str() == tokenizer.backend.to_str()
-        assert again.tokens == tokenizer.tokens
-
-
-def test_add_tokens_fills_only_the_roles_that_are_empty(tmp_path):
-    tokenizer = train_tokenizer([CORPUS], 300)
-    assert tokenizer.add_tokens(SPECIAL_TOKENS) == {}
-    del tokenizer.config["mask_token"], tokenizer.config["bos_token"]
-    assert tokenizer.mask_id == 3, "found by its name"
-    assert tokenizer.bos_id is None
-    size = tokenizer.vocab_size
-    added = tokenizer.add_tokens({"mask": "<new-mask>", "bos": "<new-bos>", "x": "<x>"})
-    assert added == {"<new-bos>": size, "<x>": size + 1}
-    assert (tokenizer.bos_id, tokenizer.vocab_size) == (size, size + 2)
-    tokenizer.save(tmp_path)
-    assert load_tokenizer(tmp_path).encode("<x>a<new-bos>")[::2] == [size + 1, size]
-
-
-def test_tokens_and_template_of_older_folders_are_found(bpe, tmp_path):
-    """Tokens as objects, in either file, or only in the config; the template in the config, one of several."""
-    bpe.save(tmp_path)
-    (tmp_path / "chat_template.jinja").unlink()
-    templates = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
-    added = {str(bpe.vocab_size): {"content": "<late>", "special": True}}
-    config = {"eos_token": {"content": "<|eos|>"}, "chat_template": templates, "added_tokens_decoder": added}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    names = {"cls_token": "<|bos|>", "pad_token": {"content": "<|pad|>"}}
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
-    tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.bos_id, tokenizer.pad_id, tokenizer.decode([tokenizer.eos_id], False)) == (1, 0, "<|eos|>")
-    assert tokenizer.chat(DIALOGUE) == "D"
-    assert tokenizer.encode("<late>") == [bpe.vocab_size]
-
-
-@pytest.fixture(scope="module")
-def spm(folder):
-    """A folder with a sentencepiece model of Llama's settings."""
-    target = folder / "spm"
-    target.mkdir()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.splitlines()),
-        model_prefix=str(target / "tokenizer"),
-        vocab_size=320,
-        model_type="bpe",
-        byte_fallback=True,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        minloglevel=2,
-    )
-    (target / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}}))
-    return target
-
-
-@quick
-@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<▁\0"), min_size=1))
-def test_sentencepiece_encodes_as_the_library_does(spm, text):
-    oracle = sentencepiece.SentencePieceProcessor(model_file=str(spm / "tokenizer.model"))
-    tokenizer = load_tokenizer(spm)
-    assert tokenizer.encode(text) == oracle.encode(text)
-    assert tokenizer.decode(tokenizer.encode(text)) == oracle.decode(oracle.encode(text))
-
-
-def test_sentencepiece_takes_special_tokens_and_is_saved_with_them(spm, tmp_path):
-    tokenizer = load_tokenizer(spm)
-    assert len(tokenizer.encode("<|mask|>")) > 1, "not known yet"
-    added = tokenizer.add_tokens({"mask": "<|mask|>", "del": DEL_TOKEN, "eos": "<no>"})
-    assert added == {"<|mask|>": 320, DEL_TOKEN: 321}
-    assert (tokenizer.bos_id, tokenizer.vocab_size) == (1, 322)
-    assert tokenizer.tokens == {"mask": 320, "pad": None, "del": 321, "eos": 2}
-    ids = tokenizer.encode("<s>beer<|mask|>12</s>")
-    assert ids == [1, *tokenizer.encode("beer"), 320, *tokenizer.encode("12"), 2]
-    assert tokenizer.decode(ids, skip_special=False) == "<s>beer<|mask|>12</s>"
-    assert tokenizer.decode(ids) == "beer 12"
-    assert "".join(tokenizer.pieces(tokenizer.encode("pass it around"))) == "pass it around"
-    tokenizer.save(tmp_path)
-    again = load_tokenizer(tmp_path)
-    assert again.encode("<s>beer<|mask|>12</s>") == ids
-    assert (again.tokens, again.vocab_size) == (tokenizer.tokens, 322)
-
-
-def test_what_a_tokenizer_refuses(bpe, tmp_path):
-    with pytest.raises(OSError, match=r"no tokenizer in .*: looked for tokenizer.json and tokenizer.model"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"tokenizer.model cannot be read"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer.json cannot be read"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config.json is not JSON"):
-        load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="too small"):
-        train_tokenizer([CORPUS], 100)
-    with pytest.raises(ValueError, match="no chat template"):
-        toy.tokenizer().chat(DIALOGUE)
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ raise_exception('roles must alternate') }}",
-        "{{ ''.__class__.__mro__ }}",  # the way out of a sandbox
-        "{% if %}",
-        "{{ messages[0].content + 1 }}",
-        "{{ messages.append(1) }}",
-    ],
-)
-def test_a_bad_chat_template_is_an_error_not_a_traceback_or_a_hole(bpe, template):
-    with pytest.raises(ValueError, match="the chat template fails on these messages: "):
-        Tokenizer(bpe.backend, bpe.config, template).chat(DIALOGUE)
-
-
 # ------------------------------------------------------------------------------------------------------------ specs
 
 names = st.text("aB7./-_ é", min_size=1).map(str.strip).filter(bool)
@@ -306,13 +87,10 @@ def test_any_spec_is_read_or_refused(spec):
     assert message.startswith("dataset spec") if message else all(source.name for source in data.parse_spec(spec))
 
 
-BROKEN_SPECS = ["", "a + ", "a[train]", "a[train:x]", "a[train:1,train:2]", "a[dev:3]", "a[test:-1]", "a[]b", "a[]"]
-
-
-@pytest.mark.parametrize("spec", BROKEN_SPECS)
-def test_broken_specs(spec):
-    with pytest.raises(ValueError, match="dataset spec"):
-        data.parse_spec(spec)
+def test_broken_specs():
+    for spec in ("", "a + ", "a[train]", "a[train:x]", "a[train:1,train:2]", "a[dev:3]", "a[test:-1]", "a[]b", "a[]"):
+        with pytest.raises(ValueError, match=r"dataset spec .* write name\["):
+            data.parse_spec(spec)
 
 
 def test_a_spec_that_is_a_path_is_taken_whole(tmp_path, monkeypatch):
@@ -355,13 +133,10 @@ def test_every_record_form(form, record, normal, tmp_path):
     assert form in str(report)
 
 
-def test_text_field_and_form_can_be_given(tmp_path):
+def test_a_text_field_can_be_named(tmp_path):
     path = jsonl(tmp_path / "data.jsonl", [{"Text": "T", "prompt": "Q", "response": "A", "text": "t"}])
     assert data.load_records(path, text_field="Text")[0] == [{"text": "T"}]
-    assert data.load_records(path, form="text")[0] == [{"text": "t"}]
     assert data.load_records(path)[0] == [ANSWER]
-    with pytest.raises(ValueError, match="unknown record form 'texts'; choose one of messages, "):
-        data.load_records(path, form="texts")
 
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
@@ -387,7 +162,7 @@ def test_all_formats_hold_the_same_records(packed, tmp_path):
 def test_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one", None, "two"]}), path)
-    with pytest.raises(ValueError, match=r"a\.parquet: record 2: field 'text' must be text, found NoneType"):
+    with pytest.raises(ValueError, match=r"a\.parquet: record 2: field 'text' must be text, found None"):
         data.load_records(str(path))
     (tmp_path / "b.parquet.gz").write_bytes(gzip.compress(path.read_bytes()))
     for name in ("a.parquet", "b.parquet.gz"):
@@ -409,10 +184,10 @@ BROKEN_LINES = {
     "[1]": "must be an object",
     '"text"': "must be an object",
     "{}": "no such field",
-    '{"text": 1}': "must be text, found int",
-    '{"text": ""}': "found an empty str",
+    '{"text": 1}': "must be text, found 1 ",
+    '{"text": ""}': "found ''",
     '{"text": " \\n"}': "must be text",
-    '{"text": null}': "found NoneType",
+    '{"text": null}': "found None",
     '{"text": "\\ud800"}': "half a character",
     '{"text": "T", "draft": 3}': "'draft' must be text",
     "[" * 10**5: "not usable JSON",
@@ -435,9 +210,9 @@ def test_a_broken_record_is_named_or_skipped_and_counted(line, tmp_path):
 
 BROKEN_DIALOGUES = {
     "last message": {"messages": USER},
-    "must be a list of messages, found str": {"messages": "Q"},
-    "found an empty list": {"messages": []},
-    "with role and content": {"messages": ["Q"]},
+    "must be a list of messages, found 'Q'": {"messages": "Q"},
+    r"found \[\]": {"messages": []},
+    r"list of messages, found \['Q'\]": {"messages": ["Q"]},
     "field 'role' must be text": {"messages": [{"role": 1, "content": "Q"}]},
     "field 'content'": {"history": [{"role": "user"}], "response": "A"},
     "field 'response' must be text": {"history": USER, "response": ["A"]},
@@ -457,7 +232,7 @@ BROKEN_FILES = {
     "empty.txt": (b"", ":1: the file holds no text"),
     "empty.jsonl": (b"\n\n", ": no usable record"),
     "a.json": (b'{"data": [\n1,,]}', ":2: not JSON"),
-    "lines.json": (b'{"text": "T"}\n{"text": "T"}\n', ":2: not JSON .*name it .jsonl"),
+    "lines.json": (b'{"text": "T"}\n{"text": "T"}\n', ":2: not JSON .*a .jsonl file holds one object per line"),
     "two.json": (b'{"a": [], "b": []}', ":1: .*exactly one list"),
     "number.json": (b"3", ":1: .*must hold a list"),
     "deep.json": (b"[" * 10**5, ":1: not usable JSON"),
@@ -547,12 +322,9 @@ any_record = json_values | st.dictionaries(fields, json_values | messages)
 
 
 @quick
-@given(records=st.lists(any_record, max_size=4), form=st.sampled_from([*data.FORMS]))
-def test_any_json_is_read_or_skipped(folder, records, form):
-    whole = {"prompt": "Q", "response": "A", "text": "T", "history": [], "question": "Q", "answer": "A"}
-    whole |= {"messages": [{"role": "assistant", "content": "A"}], "instruction": "Q", "output": "A"}
-    path = jsonl(folder / "any.jsonl", [whole, *records])
-    train, test, [report] = data.load_records(path, form=form, skip_bad_records=True)
+@given(records=st.lists(any_record, max_size=4), first=st.sampled_from([record for _, record, _ in FORM_CASES]))
+def test_any_json_is_read_or_skipped(folder, records, first):
+    train, test, [report] = data.load_records(jsonl(folder / "any.jsonl", [first, *records]), skip_bad_records=True)
     assert len(train) + len(test) + report.bad == 1 + len(records)
     for record in train + test:
         assert set(record) in ({"text"}, {"messages", "response", "draft"})
@@ -668,8 +440,6 @@ def test_large_corpora_are_cut_behind_newlines_before_encoding(bpe):
 def test_what_encode_refuses(bpe):
     with pytest.raises(ValueError, match="the text has 4 tokens, fewer than one example of --max_length 64"):
         data.encode([{"corpus": "123"}], bpe, max_length=64)
-    with pytest.raises(ValueError, match="--max_length must be at least 2"):
-        data.encode([{"text": "1"}], bpe, max_length=1)
     without = Tokenizer(bpe.backend, {}, None)
     with pytest.raises(ValueError, match="the tokenizer has no eos token"):
         data.encode([{"text": "1"}], without, max_length=8)
@@ -683,8 +453,6 @@ def test_pad_response():
     assert data.pad_response(example, 3, 0) == example
     assert data.pad_response(example, 8, 0, max_length=6).response == [5, 6, 7, 0, 0]
     assert example.response == [5, 6, 7]
-    with pytest.raises(ValueError, match="--pad_len"):
-        data.pad_response(example, 0, 0)
 
 
 def test_prompts_from_files(tmp_path):
@@ -705,27 +473,17 @@ def test_prompts_from_files(tmp_path):
 
 @many
 @given(lengths=st.lists(st.integers(1, 50), max_size=80), max_len=st.integers(50, 120))
-def test_packing_keeps_every_sample_once_and_no_row_overflows(lengths, max_len):
-    examples = [Example([i], [0] * (n - 1)) for i, n in enumerate(lengths)]
-    rows = data.pack(examples, max_len)
+def test_packing_is_best_fit_and_keeps_every_sample_once(lengths, max_len):
+    rows = data.pack([Example([i], [0] * (n - 1)) for i, n in enumerate(lengths)], max_len)
     assert sorted(e.prompt[0] for row in rows for e in row) == list(range(len(lengths)))
-    fill = sorted(sum(map(len, row)) for row in rows)
-    assert all(0 < n <= max_len for n in fill)
-    assert len(fill) < 2 or fill[0] + fill[1] > max_len, "two rows that fit into one"
-
-
-@many
-@given(lengths=st.lists(st.integers(1, 100), max_size=60))
-def test_packing_is_best_fit(lengths):
     spaces = []  # the slow way: longest first, into the fullest row that has room
     for n in sorted(lengths, reverse=True):
         best = min((k for k, space in enumerate(spaces) if space >= n), key=lambda k: spaces[k], default=None)
         if best is None:
-            spaces.append(100 - n)
+            spaces.append(max_len - n)
         else:
             spaces[best] -= n
-    rows = data.pack([Example([1], [0] * (n - 1)) for n in lengths], 100)
-    assert sorted(sum(map(len, row)) for row in rows) == sorted(100 - space for space in spaces)
+    assert sorted(max_len - sum(map(len, row)) for row in rows) == sorted(spaces)
 
 
 def test_packing_refuses_what_fits_nowhere():
@@ -744,3 +502,21 @@ def test_batches_hold_every_item_once(n, size, epoch):
 def test_order_depends_on_seed_and_epoch():
     orders = [tuple(next(data.batches(list(range(100)), 100, seed, epoch))) for seed in (0, 1) for epoch in (0, 1)]
     assert len(set(orders)) == 4
+
+
+def test_a_seed_gives_the_examples_and_batches_that_it_always_gave(tmp_path, monkeypatch):
+    """So a run begun by an earlier version goes on with the data it would have seen."""
+    monkeypatch.chdir(tmp_path)
+    answers = [record["response"] for record in toy.records("train", 90, seed=1)]
+    jsonl(tmp_path / "a.jsonl", [{"question": "Ann has 3 apples:", "answer": a} for a in answers[:40]])
+    jsonl(tmp_path / "b.jsonl", [{"text": " ".join(answers[i : i + 5])} for i in range(0, 40, 3)])
+    write(tmp_path / "c.txt", "\n".join(answers))
+    train, held_out, _ = data.load_records("toy-repair[train:30,test:5] + a.jsonl + b.jsonl[test:2] + c.txt", seed=7)
+    tokenizer, seen = toy.tokenizer(), [train, held_out]
+    dataset = data.encode(train, tokenizer, max_length=40)
+    for epoch in range(2):
+        examples = [data.pad_response(e, 16, tokenizer.pad_id, max_length=40) for e in dataset.epoch(7, epoch)]
+        rows = [row for batch in data.batches(data.pack(examples, 64), 4, 7, epoch) for row in batch]
+        seen += [[dataclasses.astuple(e) for batch in data.batches(examples, 6, 7, epoch) for e in batch]]
+        seen += [[dataclasses.astuple(e) for row in rows for e in row]]
+    assert hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16] == "592ed59d66f5f8c0"
