@@ -17,6 +17,7 @@ from pathlib import Path
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(["train"])
 
+ALONE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # for processes that are not forked off the server
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from fleet import Fleet, metrics, run
+from fleet import ALONE, Fleet, metrics, run
 from safetensors.torch import load_file
 
 import train
@@ -162,7 +162,7 @@ def test_sigterm_to_torchrun_reaches_the_checkpoint(tmp_path):
     launch = "-m torch.distributed.run --nproc_per_node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0"
     job = subprocess.Popen(
         [sys.executable, *f"{launch} {root}/train.py {flags}".split()],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | ALONE,
         stderr=subprocess.PIPE,
         text=True,
     )
