@@ -13,7 +13,7 @@ Where an answer has a draft (ME-DLM's, or the one that a record brings), draft a
     samples      questions of a task, in the order of its file; rank r of W takes every W-th, from the r-th on
     prepare      a model's settings for a task, and the function from samples to answers
     rows         one JSON object per finished sample, appended to OUT/<task>.rank<r>.jsonl as they come
-    summary      OUT/<task>.jsonl, OUT/summary.json and a table, once all ranks are done
+    summary      once all ranks are done: the rows with verdicts, OUT/<task>.jsonl; OUT/summary.json; a table
 
 A run that is killed goes on where it stopped when it is started again, with as many ranks as you like: a row carries a
 hash of all that its answer depends on (checkpoint, settings, prompt), and samples whose row is there are skipped.
