@@ -391,11 +391,11 @@ def write_gif(trace: Trace, path, title="nanoEdit", width: int = 680, max_rows=1
     draft above the repaired text with their differences.
     """
     shown, per_line = frames(trace, max_frames - 1), int((width * U - 2 * MARGIN) / font().getlength("m"))
-    end = _frame(trace, len(trace.states))
-    if end != shown[-1]:
+    pair, end = pair_lines(trace, per_line, max_rows // 2), _frame(trace, len(trace.states))
+    if pair or end != shown[-1]:
         shown.append(end)
     pages = [layout(frame, per_line, max_rows + 4) for frame in shown]
-    if pair := pair_lines(trace, per_line, max_rows // 2):
+    if pair:
         head, *_ = layout(end._replace(phase="draft and repaired"), per_line, max_rows)
         pages[-1] = [head, *pair, *pages[-1][-2:]]
     rows, images = max(map(len, pages)), []
@@ -407,7 +407,7 @@ def write_gif(trace: Trace, path, title="nanoEdit", width: int = 680, max_rows=1
             for cell in line:
                 x = draw_cell(ImageDraw.Draw(images[-1]), x, y, cell)
     # One palette for all, so that only what changes is stored: the legend has every colour.
-    palette = images[-1].quantize(128, Image.Quantize.MAXCOVERAGE)
+    palette = images[-1].quantize(48, Image.Quantize.MAXCOVERAGE)
     images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     each = int(max(80, min(600, 12000 / len(images)))) // 10 * 10
     durations = [max(each, 700), *[each] * (len(images) - 2), 3000][-len(images) :]
