@@ -52,7 +52,7 @@ class State(NamedTuple):
     label: str  # "" for Edit Flows, "mask" or "edit" for the phases of ME-DLM
     ids: list[int]
     text: list[str]  # one string per token
-    edits: list[list[int]]  # [position, op, sub_token, ins_token] where there is something to do; GAP for no token
+    edits: list[list[int]]  # [position, op, sub_token, ins_token] where there is something to do
     uids: list[object]  # the identity of every token
     total: tuple[int, int, int]  # tokens inserted, substituted, deleted by all steps before
 
@@ -78,11 +78,7 @@ class Trace:
         """Called by a sampler after each step, with the state before it and the arguments of `apply_edits`, all [T]."""
         a, b = x.cu_seqlens[self.index : self.index + 2].tolist()
         ids, *columns = (column[a:b].tolist() for column in (x.ids, op, sub_token, ins_token))
-        edits = [
-            [i, op, sub if op == SUB else GAP, ins]
-            for i, (op, sub, ins) in enumerate(zip(*columns))
-            if op != KEEP or ins != GAP
-        ]
+        edits = [[i, *edit] for i, edit in enumerate(zip(*columns)) if edit[0] != KEEP or edit[2] != GAP]
         self.states.append(self._state(float(t), label, ids, self.pieces(ids), edits))
         if self.screen:
             now = len(self.states) - 1
@@ -216,13 +212,11 @@ def _frame(trace: Trace, now: int, before: int | None = None, after: int | None 
 
 
 def comparison(trace: Trace) -> list[list[Cell]]:
-    """ME-DLM's draft and the repaired text, without the prompt, differences marked; nothing without an edit phase.
-
-    Compared as texts: a token that was deleted and came back is no difference.
-    """
+    """ME-DLM's draft and the repaired text, without the prompt, differences marked; nothing without an edit phase."""
     draft = next((state for state in trace.states if state.label == "edit"), None)
     if draft is None:
         return []
+    # Without the edits: a token that was deleted and came back is no difference.
     pair = Trace(trace.prompt_len, None, trace.mask_id, trace.pad_id, states=[draft._replace(edits=[])])
     pair.final = pair._state(1.0, "", trace.final.ids, trace.final.text, [])
     return [frame.cells[trace.prompt_len :] for frame in frames(pair)]
@@ -381,19 +375,22 @@ def font() -> ImageFont.FreeTypeFont:
 def write_gif(trace: Trace, path, title="nanoEdit", width: int = 680, max_rows=18, max_frames=120) -> None:
     """Draws a decode as an animated GIF, `width` units (2 pixels each) wide. Raises OSError.
 
-    Steps without a change are left out, and at most `max_frames` are drawn. Text of more than `max_rows` lines is
-    scrolled to where it changes. The last frame, held for 3 seconds, is the final text without marks, or ME-DLM's
+    Steps without a change are left out, and at most `max_frames` are drawn. Of a text of more than `max_rows` lines
+    the page that changes is in view. The last frame, held for 3 seconds, is the final text without marks, or ME-DLM's
     draft above the repaired text with their differences.
     """
-    shown, per_line = frames(trace, max_frames - 1), int((width * U - 2 * MARGIN) / font().getlength("m"))
-    pair, end = pair_lines(trace, per_line, max_rows // 2), _frame(trace, len(trace.states))
+    per_line = int((width * U - 2 * MARGIN) / font().getlength("m"))
+    shown = frames(trace, max_frames - 1)
+    pair = pair_lines(trace, per_line, max_rows // 2)
+    end = _frame(trace, len(trace.states))  # compared with nothing: without marks
     if pair or end != shown[-1]:
         shown.append(end)
     pages = [layout(frame, per_line, max_rows + 4) for frame in shown]
     if pair:
         head, *_ = layout(end._replace(phase="draft and repaired"), per_line, max_rows)
         pages[-1] = [head, [], *pair, pages[-1][-1]]
-    rows, images, palette = max(map(len, pages)), [], _palette()
+    rows = max(map(len, pages))
+    images, palette = [], _palette()
     for page in pages:
         page[-1:-1] = [[]] * (rows - len(page))  # the legend is at the bottom
         image = Image.new("RGB", (width * U, rows * ROW + 2 * MARGIN), PAPER)
@@ -422,24 +419,22 @@ def _palette() -> Image.Image:
 def draw_cell(draw, x: float, y: float, cell: Cell) -> float:
     """A token in the row that starts at y; returns where it ends. Underline, dots and strike carry the meaning of a
     mark, colours repeat it."""
-    word, advance = cell.text.lstrip(" ") or cell.text, font().getlength("m")
+    advance = font().getlength("m")
+    word = cell.text.lstrip(" ") or cell.text
     x += advance * (len(cell.text) - len(word))
-    end, base = x + advance * columns(word) - 1, y + 18 * U
+    end = x + advance * columns(word) - 1
     _, ink, fill = COLORS.get(cell.mark[-1:], (None, INK if cell.kind in ("text", "title") else DIM, LINE))
     if cell.kind == "mask":
         draw.rounded_rectangle((x + U, y + 5 * U, end - U, y + 21 * U), 4 * U, fill)
     else:
         if cell.mark:
             draw.rounded_rectangle((x, y + 2 * U, end, y + 24 * U), 3 * U, fill)
-        draw.text((x, base), word, ink, font(), anchor="ls", stroke_width=(cell.kind == "title") * 0.6)
-    if INSERTED in cell.mark:
-        draw.rectangle((x, y + 22 * U, end, y + 24 * U - 1), COLORS[INSERTED][0])
-    if SUBSTITUTED in cell.mark:
-        for dot in range(round(x), round(end) - U, 5 * U):
-            draw.rectangle((dot, y + 22 * U, dot + 3 * U - 1, y + 24 * U - 1), COLORS[SUBSTITUTED][0])
-    if DELETED in cell.mark:
-        middle = base - round(0.28 * SIZE)
-        draw.rectangle((x, middle - U, end, middle + U - 1), COLORS[DELETED][0])
+        draw.text((x, y + 18 * U), word, ink, font(), anchor="ls", stroke_width=(cell.kind == "title") * 0.6)
+    for mark in cell.mark:
+        top = y + (13 if mark == DELETED else 22) * U
+        dots = [(dot, dot + 3 * U - 1) for dot in range(round(x), round(end) - U, 5 * U)]
+        for left, right in dots if mark == SUBSTITUTED else [(x, end)]:
+            draw.rectangle((left, top, right, top + 2 * U - 1), COLORS[mark][0])
     return end + 1
 
 
@@ -462,9 +457,6 @@ def write_html(trace: Trace, path, title: str = "nanoEdit", max_frames: int = 10
     data = data.replace("<", "\\u003c")  # so nothing in it can end the script element
     head, tail = PAGE.read_text(encoding="utf-8").split("{{data}}")
     Path(path).write_text(head.replace("{{title}}", html.escape(title)) + data + tail, encoding="utf-8")
-
-
-# ---- command line ----------------------------------------------------------------------------------------------------
 
 
 def main(argv=None) -> None:
