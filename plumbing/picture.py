@@ -394,10 +394,11 @@ def write_gif(trace: Trace, path, title="nanoEdit", width: int = 680, max_rows=1
     for page in pages:
         page[-1:-1] = [[]] * (rows - len(page))  # the legend is at the bottom
         image = Image.new("RGB", (width * U, rows * ROW + 2 * MARGIN), PAPER)
+        draw = ImageDraw.Draw(image)
         for n, line in enumerate([[Cell(title, "title")], *page]):
-            x, y = MARGIN, MARGIN // 2 + n * ROW
+            x = MARGIN
             for cell in line:
-                x = draw_cell(ImageDraw.Draw(image), x, y, cell)
+                x = draw_cell(draw, x, MARGIN // 2 + n * ROW, cell)
         images.append(image.quantize(palette=palette, dither=Image.Dither.NONE))
     each = int(max(80, min(600, 12000 / len(images)))) // 10 * 10
     durations = [max(each, 700), *[each] * (len(images) - 2), 3000][-len(images) :]
