@@ -137,7 +137,7 @@ def main(argv=None):
         print(f"{len(jobs)} texts written to {args.output}", file=sys.stderr)
     for write, file in ((write_gif, args.make_gif), (write_html, args.make_html)):
         if file:
-            write(trace, file)
+            write(trace, file, sampler.method.TITLE)
             print(f"decode drawn in {file}", file=sys.stderr)
 
 
