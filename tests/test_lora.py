@@ -29,7 +29,7 @@ def generator(seed=0):
 def make(kind="llama", method="editflow"):
     """A model with random numbers everywhere, biases included."""
     raw = SIZE | {"model_type": kind, "vocab_size": 58, "nanoedit": {"method": method}} | KINDS[kind]
-    model = methods.METHODS[method](checkpoints.complete_config(raw))
+    model = checkpoints.build(checkpoints.complete_config(raw))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2, generator=generator(p.numel()))
     return model.eval()
@@ -210,7 +210,7 @@ def test_damaged_adapters_are_named(base, tmp_path):
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors: truncated or corrupt"):
         checkpoints.load(final)
     (final / "adapter_config.json").write_text('{"r": 4}')
-    with pytest.raises(ValueError, match=r"adapter_config\.json: field 'base_model_name_or_path' is missing"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json: field 'lora_alpha' must be a number"):
         checkpoints.load(final)
 
 
