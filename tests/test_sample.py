@@ -69,7 +69,7 @@ def test_prompts_from_the_command_line_are_answered_in_order(name, samples):
     special = [f"<|{name}|>" for name in ("bos", "eos", "pad", "mask", "del")]
     assert not any(token in r["response"] for r in records for token in special), "no special tokens in what is written"
     details = {
-        "editflow": {"substitutions", "deletions", "insertions", "left_over"},
+        "editflow": {"steps", "substitutions", "deletions", "insertions", "left_over"},
         "medlm": {"draft", "mask_passes", "edit_passes"},
     }
     assert all(r.keys() == {"prompt", "response", "seed"} | details[name] for r in records)
