@@ -64,8 +64,8 @@ def test_kill_9_at_any_moment_changes_nothing(kind, world, mode, more, tmp_path)
     for attempt in range(4):
         fleet = Fleet(flags, out, world, slow_disk)
         if attempt % 2:  # while a checkpoint is being written
-            fleet.until(lambda: list(out.glob(".writing-[0-9]*")) or list(out.glob(".deleting-*")))
-            during_save += bool(list(out.glob(".writing-[0-9]*")))
+            fleet.until(lambda: list(out.glob(".writing-checkpoint-*")) or list(out.glob(".deleting-*")))
+            during_save += bool(list(out.glob(".writing-checkpoint-*")))
         else:  # at some step of its first ten
             seen = logged(out)
             fleet.until(lambda seen=seen: logged(out) > seen)
@@ -135,7 +135,7 @@ def test_kill_9_while_the_metrics_are_trimmed_or_the_final_checkpoint_is_replace
     flags += " --lr_scheduler_type constant"
     run(f"{flags} --max_steps 60", tmp_path / "undisturbed")
     run(f"{flags} --max_steps 30", out)
-    (out / ".writing-metrics").write_text('{"step": 1, "lo')
+    (out / ".writing-metrics.jsonl").write_text('{"step": 1, "lo')
     fleet = Fleet(f"{flags} --max_steps 50", out, perturb=killed_in_the_last_rename)
     assert fleet.wait() == [-signal.SIGKILL], fleet.said()
     run(f"{flags} --max_steps 60", out)
@@ -147,7 +147,7 @@ def killed_in_the_last_rename(rank):
     replace = os.replace
 
     def kill(source, target):
-        if str(source).endswith(".writing-final"):
+        if str(source).endswith(".writing-checkpoint-final"):
             os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
 
