@@ -593,7 +593,8 @@ def save_run(out: Path, name: str, model: parallel.ParallelModel, tokenizer, opt
                 save_file(moments, partial / "optimizer.safetensors")
                 write_json(partial / STATE, state | {"args": vars(args)})
         except (OSError, SafetensorError) as e:
-            raise OSError(f"{target}: cannot be saved ({e}); {resume_hint(args)} goes on from the last checkpoint") from e
+            hint = f"{resume_hint(args)} goes on from the last checkpoint"
+            raise OSError(f"{target}: cannot be saved ({e}); {hint}") from e
         for old in checkpoints(out)[: -args.save_total_limit]:
             remove(old)
     ranks.barrier()
