@@ -1,13 +1,12 @@
 """How much memory a training step needs on every GPU, worked out before any GPU is rented.
 
     python recipes/plan.py --model llada-8b --gpus 8 --parallel fsdp --bf16 --gradient_checkpointing
-    python recipes/plan.py --table --bf16 --gradient_checkpointing             LLaDA-8B on 1, 8 and 64 GPUs
 
 The real model, spread by parallel.py, runs forward and backward on *fake tensors*, which have a shape and a type but no
 contents, in a fake group of processes that sends nothing; the trackers of torch.distributed._tools watch every storage
 come and go. AdamW's moments are there, as from the second step on. Fake tensors are the CPU's and cannot do all that a
-GPU does, so `attend` and `HeadLoss` below stand in, and DDP is its gradient buckets. Not in it: the CUDA context,
-buffers of NCCL and cuBLAS, holes between allocations (about 4 GiB); rollouts and generation, which take less.
+GPU does, so `attend` and `HeadLoss` stand in, and DDP is its gradient buckets. Not in it: the CUDA context, buffers of
+NCCL and cuBLAS, holes between allocations (about 4 GiB); rollouts and generation, which take less.
 """
 
 import os
@@ -20,12 +19,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.nn.attention.varlen import varlen_attn
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.flop_counter import FlopCounterMode
 
 import lora
 import models
@@ -35,42 +33,26 @@ from plumbing import checkpoints, cli, methods
 
 LLADA_8B = {
     "model_type": "llada", "vocab_size": 126464, "hidden_size": 4096, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "intermediate_size": 12288, "max_position_embeddings": 4096,
+    "num_attention_heads": 32, "intermediate_size": 12288,
 }  # fmt: skip
-TRAINED = {
-    "all weights": {}, "all weights, 2 micro-batches": {"gradient_accumulation_steps": 2}, "LoRA": {"lora": True},
-    "LoRA, 4 bits": {"lora": True, "load_in_4bit": True},
-}  # fmt: skip
-SPREAD = {"1 GPU": (1, "ddp"), "ddp": (8, "ddp")} | {
-    f"{gpus} GPUs, {name}": (gpus, mode) for gpus in (8, 64) for name, mode in (("ZeRO-2", "zero1"), ("ZeRO-3", "fsdp"))
-}
-
-
-def to_product(t: torch.Tensor) -> torch.Tensor:
-    """In the type in which matrix products are computed."""
-    return t.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else t
+SIZES = models.PRESETS | {"llada-8b": LLADA_8B}
 
 
 def attend(q, k, v, cu_seqlens, max_seqlen, window=None):
-    """`models.attend` as on a GPU; a window changes the time, not the memory."""
-    groups = q.shape[1] // k.shape[1]
-    q, k, v = (to_product(z) for z in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    """`models.attend` in the memory of a GPU: flash attention over sequences of equal length."""
+    q, k, v = (z.unflatten(0, (-1, max_seqlen)).transpose(1, 2) for z in (q.to(v.dtype), k.to(v.dtype), v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(0, 1)
 
 
 class HeadLoss(torch.autograd.Function):
-    """Takes the memory of `weighted_nll` with a label on every row, the most there can be: the gradients of hidden
-    [T, D] and W [V, D] from the forward pass on, and logits in chunks."""
+    """`weighted_nll` in memory, with a label on every row: gradients from the forward pass on, logits in chunks."""
 
     @staticmethod
     def forward(ctx, hidden, W):
-        H, W_ = to_product(hidden), to_product(W)
         ctx.gradients = torch.zeros_like(hidden), torch.zeros_like(W)
-        for rows in H.split(max(1, ragged.CHUNK_FLOATS // len(W))):
-            logits = (rows @ W_.T).float()
-            logits = to_product(logits)
+        for rows in hidden.split(max(1, ragged.CHUNK_FLOATS // len(W))):
+            logits = F.linear(rows, W).float()
             ctx.gradients[1].add_(logits.T @ rows)
-            logits @ W_
         return hidden.new_zeros(())
 
     @staticmethod
@@ -85,10 +67,8 @@ def loss(model, x, heads):
 
 
 def build(args) -> torch.nn.Module:
-    if args.model == "llada-8b":
-        config = checkpoints.complete_config(LLADA_8B)
-    elif args.model in models.PRESETS:
-        sizes = {"model_type": "llama", "vocab_size": args.vocab_size} | models.PRESETS[args.model]
+    if args.model in SIZES:
+        sizes = {"model_type": "llama", "vocab_size": args.vocab_size} | SIZES[args.model]
         config = checkpoints.complete_config(sizes)
     else:
         config = checkpoints.read_config(Path(args.model))
@@ -96,7 +76,7 @@ def build(args) -> torch.nn.Module:
     model = checkpoints.build(config)
     if args.lora:
         lora.LoRALinear.to = lambda layer, device: layer  # fake tensors refuse to move
-        lora.add(model, args.lora_r, four_bit=args.load_in_4bit)
+        lora.add(model, four_bit=args.load_in_4bit)
     model.model.gradient_checkpointing = args.gradient_checkpointing
     return model
 
@@ -110,53 +90,44 @@ def freeze(module) -> None:
                 m.register_buffer(name, p.detach())
 
 
-def step(args) -> tuple[dict[str, int], float]:
-    """Bytes on a GPU by owner, "Total" among them, when they are most; floating-point operations of a step."""
+def step(args) -> dict[str, int]:
+    """What lies in a GPU's memory when it is fullest: owner -> bytes, "Total" among them."""
     models.attend = attend
-    is_sharded, micro_batches = args.gpus > 1 and args.parallel != "ddp", args.gradient_accumulation_steps
+    is_sharded, rows, L = args.gpus > 1 and args.parallel != "ddp", args.per_device_train_batch_size, args.max_length
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.gpus)
     with FakeTensorMode() as fake:
         model = build(args)
+    callee, ranks = parallel.Callee(model), SimpleNamespace(world=args.gpus)
     if is_sharded:
-        ranks = SimpleNamespace(world=args.gpus)
         callee = parallel.ParallelModel(model, args.parallel, ranks, args.reshard_after_forward).callee
-    else:
-        callee = parallel.Callee(model)
-    optimizer = parallel.adamw(model, lr=1e-4, beta2=0.98, weight_decay=0.01)
-    rows, T = args.per_device_train_batch_size, args.per_device_train_batch_size * args.max_length
-
-    def micro_batch():
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16, cache_enabled=False):
-            value = callee(loss, x, methods.get(args.method).HEADS)
-        value.backward()
-
+    optimizer = parallel.adamw(model, lr=1e-4, beta2=0.95, weight_decay=0.1)
     with fake:
-        for p in (trained := [p for p in model.parameters() if p.requires_grad]):
-            p.grad = torch.zeros_like(p)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
         optimizer.step()  # makes the moments
         optimizer.zero_grad(set_to_none=is_sharded or args.gpus == 1)  # DDP's gradients stay where they are
-        x = SimpleNamespace(ids=torch.zeros(T, dtype=torch.int64), positions=torch.zeros(T, dtype=torch.int64))
-        x.cu_seqlens, x.max_seqlen = torch.zeros(rows + 1, dtype=torch.int32), args.max_length
+        ids = torch.zeros(rows * L, dtype=torch.int64)
+        x = SimpleNamespace(ids=ids, positions=ids, cu_seqlens=None, max_seqlen=L)
         if not is_sharded:
             freeze(callee)
         tracker = FSDPMemTracker(callee, optimizer) if is_sharded else MemTracker()
         tracker.track_external(callee, optimizer)
-        with tracker:
-            for m in range(min(micro_batches, 2)):  # the third is like the second
+        with tracker:  # of many micro-batches, those between the first and the last are like the first
+            for is_last in (False, True) if args.gradient_accumulation_steps > 1 else (True,):
                 if is_sharded:
-                    callee.set_requires_gradient_sync(m == micro_batches - 1)
-                micro_batch()
+                    callee.set_requires_gradient_sync(is_last)
+                with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16, cache_enabled=False):
+                    value = callee(loss, x, methods.get(args.method).HEADS)
+                value.backward()
                 tracker.reset_mod_stats()
-        with FlopCounterMode(display=False) as counter:
-            micro_batch()
     dist.destroy_process_group()
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-    return {getattr(owner, "value", owner): size for owner, size in peak.items()}, micro_batches * counter.get_total_flops()
+    return {getattr(owner, "value", owner): size for owner, size in peak.items() if size}
 
 
-def main():
+def flags() -> cli.Flags:
     f = cli.Flags("Memory of a training step per GPU, computed with fake tensors.")
-    f.text("--model", default="llada-8b", help=f"llada-8b, {', '.join(models.PRESETS)}, or a folder with a config.json")
+    f.text("--model", default="llada-8b", help=f"{', '.join(SIZES)}, or a folder with a config.json")
     f.integer("--vocab_size", low=1, default=4096, help="of a preset")
     f.choice("--method", choices=list(methods.METHODS), default="medlm", help="what is trained")
     f.integer("--gpus", low=1, default=8, help="processes, one GPU each")
@@ -165,27 +136,17 @@ def main():
     f.flag("--gradient_checkpointing", help="recompute activations block by block")
     f.flag("--bf16", help="bf16 autocast")
     f.flag("--lora", help="train low-rank additions and the heads")
-    f.integer("--lora_r", low=1, default=32, help="their rank")
     f.flag("--load_in_4bit", help="with --lora: the matrices of the blocks in 4 bits")
-    f.integer("--max_length", low=1, default=2048, help="tokens of a sample")
-    f.integer("--per_device_train_batch_size", low=1, default=1, help="samples per GPU and micro-batch")
+    f.integer("--max_length", low=1, default=2048, help="tokens of a sample, or of a packed row")
+    f.integer("--per_device_train_batch_size", low=1, default=1, help="samples (rows) per GPU and micro-batch")
     f.integer("--gradient_accumulation_steps", low=1, default=1, help="micro-batches per step")
-    f.number("--tflops", above=0, default=495, help="what matrix products reach: half an H100's peak in bf16")
-    f.flag("--table", help="GiB per GPU for every way to train and to spread the model")
-    args = f.parse_args()
-    if args.table:
-        print(f"| {args.model} | {' | '.join(SPREAD)} |\n| --- |{' --- |' * len(SPREAD)}")
-        for name, settings in TRAINED.items():
-            cells = []
-            for gpus, mode in SPREAD.values():
-                peak, _ = step(SimpleNamespace(**vars(args) | settings | {"gpus": gpus, "parallel": mode}))
-                cells.append(f"{peak['Total'] / 2**30:.0f}")
-            print(f"| {name} | {' | '.join(cells)} |", flush=True)
-        return
-    peak, operations = step(args)
+    return f
+
+
+def main():
+    peak = step(flags().parse_args())
     for owner, size in sorted(peak.items(), key=lambda item: item[1]):
         print(f"{owner:16} {size / 2**30:8.2f} GiB")
-    print(f"{operations:.2e} operations a step: at least {operations / args.tflops / 1e12:.2f} s; exchanges not counted")
 
 
 if __name__ == "__main__":
