@@ -94,9 +94,9 @@ def step(args) -> dict[str, int]:
     """What lies in a GPU's memory when it is fullest: owner -> bytes, "Total" among them."""
     models.attend = attend
     is_sharded, rows, L = args.gpus > 1 and args.parallel != "ddp", args.per_device_train_batch_size, args.max_length
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.gpus)
     with FakeTensorMode() as fake:
         model = build(args)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.gpus)
     callee, ranks = parallel.Callee(model), SimpleNamespace(world=args.gpus)
     if is_sharded:
         callee = parallel.ParallelModel(model, args.parallel, ranks, args.reshard_after_forward).callee
