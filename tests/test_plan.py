@@ -71,7 +71,7 @@ def real_run(rank: int, text: str, port: int, pipe) -> None:
         "--method medlm --gpus 1 --per_device_train_batch_size 8 --gradient_checkpointing",
         "--method medlm --gpus 2 --parallel fsdp --gradient_accumulation_steps 2 --gradient_checkpointing",
         "--method medlm --gpus 2 --parallel zero1",
-        "--method editflow --gpus 2 --parallel ddp --gradient_accumulation_steps 2",
+        "--method medlm --gpus 2 --parallel ddp --gradient_accumulation_steps 2",
     ],
 )
 def test_the_peak_of_a_real_step_is_within_ten_percent(text):
