@@ -32,6 +32,7 @@ ids of the special tokens: mask, pad, del (`<|del|>`) and eos (end of message).
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -79,21 +80,17 @@ class Model(nn.Module):
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts with masks or drafts, and what both heads should say about some of their rows.
+    """Texts with masks or drafts, and what both heads should say about some of their rows."""
 
-    lm_row, lm_token int64 [N]; lm_weight float [N]: for lm_head. next_row, next_token, next_weight [M]: for
-    next_token_head. kind: "mask" or "edit"; counts: numbers for the log.
-    """
-
-    kind: str
+    kind: str  # "mask" or "edit"
     x: Ragged
-    lm_row: Tensor
-    lm_token: Tensor
-    lm_weight: Tensor
-    next_row: Tensor
+    lm_row: Tensor  # int64 [N]: rows at which lm_head is supervised
+    lm_token: Tensor  # int64 [N]
+    lm_weight: Tensor  # float [N]
+    next_row: Tensor  # the same for next_token_head, [M]
     next_token: Tensor
     next_weight: Tensor
-    counts: dict[str, float]
+    counts: dict[str, float]  # for the log
 
     def to(self, device) -> "Batch":
         moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
@@ -114,12 +111,7 @@ def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict]:
 
 
 def pack_examples(examples) -> tuple[Ragged, Tensor]:
-    """Examples (anything with .prompt and .response, lists of token ids): prompt + response in one row, prompt_len [B].
-
-    Raises ValueError for an empty prompt.
-    """
-    if empty := [i for i, e in enumerate(examples) if not len(e.prompt)]:
-        raise ValueError(f"example {empty[0]} has an empty prompt; it needs at least one token, e.g. bos")
+    """Examples (anything with .prompt and .response, lists of token ids): prompt + response in one row, prompt_len [B]."""
     x = Ragged.pack([[*e.prompt, *e.response] for e in examples])
     return x, torch.tensor([len(e.prompt) for e in examples], dtype=torch.int64)
 
@@ -434,8 +426,7 @@ def decode(
 # ---------------------------------------------------------------------------------------------------- stage 3
 
 
-@dataclass(frozen=True)
-class RolloutPlan:
+class RolloutPlan(NamedTuple):
     """The choices that decide how many forward passes a rollout makes: the same on every rank (`plan_rollout`)."""
 
     tokens_per_pass: int
