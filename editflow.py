@@ -501,6 +501,8 @@ def start(model, settings, examples: list, resumed: bool) -> None:
         model.register_buffer("unigram", counts / counts.sum())
     limit = getattr(model.model, "position_limit", None)
     longest = max(len(e) + (len(e.draft or ()) if kind == "draft" else length) for e in examples)
+    if settings.streaming:  # these are only some of the examples
+        longest = settings.max_length + (settings.max_length if kind == "draft" else length)
     if limit and longest > limit:  # on the way from x0 to x1 a text holds tokens of both
         raise ValueError(
             f"prompt, response and x0 take up to {longest} tokens together, the model has {limit} positions; lower "

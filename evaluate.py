@@ -13,7 +13,7 @@ Where an answer has a draft (ME-DLM's, or the one that a record brings), draft a
     samples      questions of a task, in the order of its file; rank r of W takes every W-th, from the r-th on
     prepare      a model's settings for a task, and the function from samples to answers
     rows         one JSON object per finished sample, appended to OUT/<task>.rank<r>.jsonl as they come
-    summary      OUT/<task>.jsonl, OUT/summary.json and a table, once all ranks are done
+    summary      once all ranks are done: the rows with verdicts, OUT/<task>.jsonl; OUT/summary.json; a table
 
 A run that is killed goes on where it stopped when it is started again, with as many ranks as you like: a row carries a
 hash of all that its answer depends on (checkpoint, settings, prompt), and samples whose row is there are skipped.
@@ -49,10 +49,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-import models
-import sample as sampler
 import toy
 from plumbing import checkpoints, cli, execution, methods
+from sample import draft_ids
 
 # --------------------------------------------------------------------------- finding the answer, and judging it
 #
@@ -279,29 +278,27 @@ def prepare(model, tokenizer, args, name: str, samples: list[Sample]) -> tuple[d
 
     Raises ValueError for the first question that leaves no room for an answer: now, and not when its turn comes.
     """
-    method, flags = methods.of(model), argparse.Namespace(**vars(args))
-    if getattr(flags, "init_num", 0) is None:
-        flags.init_num = TASKS[name].init_num
-    settings = method.sampling_settings(flags, model.config.nanoedit, tokenizer)
+    method = methods.of(model)
+    flags = argparse.Namespace(**vars(args) | {"init_num": args.init_num or TASKS[name].init_num})
+    settings = methods.sampling_settings(method, flags, model, tokenizer)
 
     def encode(samples: list[Sample]) -> tuple[list, list | None]:
         prompts = [data.encode_prompt(s.messages, tokenizer) for s in samples]
         drafts = [s.record.get("draft") for s in samples]
-        return prompts, None if None in drafts else [sampler.draft_ids(tokenizer, draft) for draft in drafts]
+        return prompts, None if None in drafts else [draft_ids(tokenizer, draft) for draft in drafts]
 
     def generate(samples: list[Sample]) -> list[dict]:
         prompts, drafts = encode(samples)
         answers = []
-        for s, text in zip(samples, method.generate(model, prompts, settings, [s.seed for s in samples], drafts)):
-            draft = s.record.get("draft") if text.draft is None else tokenizer.decode(text.draft)
-            answer = {"response": tokenizer.decode(text.response), "tokens": len(text.response), "draft": draft}
+        for text in method.generate(model, prompts, settings, [s.seed for s in samples], drafts):
+            answer = {"response": tokenizer.decode(text.response), "tokens": len(text.response)}
+            answer["draft"] = None if text.draft is None else tokenizer.decode(text.draft)
             answers.append(answer | text.passes)
         return answers
 
-    names = [f"question {s.id}" for s in samples]
     prompts, drafts = encode(samples)
-    method.check_prompts(prompts, settings, models.max_positions(model.config), drafts, names=names)
-    return {"method": model.config.nanoedit["method"], "bf16": args.bf16} | vars(settings), generate
+    methods.check_room(method, prompts, settings, drafts, names=[f"question {s.id}" for s in samples])
+    return vars(settings) | {"bf16": args.bf16}, generate
 
 
 ROW = ("key", "task", "id", "prompt", "response", "tokens", "draft", "seconds")  # and the counts of passes
@@ -359,11 +356,12 @@ def merge(name: str, samples: list[Sample], out: Path, may_run: bool = False) ->
     with ThreadPoolExecutor(max(1, os.cpu_count() // 2)) as pool:
         judged = (pool.map if task.program else map)(judge, samples)  # math-verify works in the main thread alone
         rows = list(tqdm(judged, total=len(samples), desc=f"{name}, judging", unit="sample"))
-    (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checkpoints.write_whole(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     for who, part in (("response", ""), ("draft", "_draft")) if task.program else ():
         texts = [(sample, row[who]) for sample, row in zip(samples, rows) if row[who] is not None]
         lines = [{"task_id": sample.id, "solution": task.program(sample.record, text)} for sample, text in texts]
-        (out / f"evalplus_{name}{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        checkpoints.write_whole(out / f"evalplus_{name}{part}.jsonl", text)
     return rows
 
 
@@ -430,7 +428,7 @@ def report(args, samples: dict[str, list[Sample]], settings: dict[str, dict], ou
                     summaries[name]["evalplus" + part] = scores
                     notes.append(f"{name}, {who}: evalplus pass@1 {scores}")
     asked = {flag: getattr(args, flag) for flag in ("path", "seed", "limit", "system_prompt")}
-    (out / "summary.json").write_text(json.dumps(asked | {"tasks": summaries}, indent=2) + "\n")
+    checkpoints.write_json(out / "summary.json", asked | {"tasks": summaries})
     print("\n".join(["", table(summaries), *notes]))
 
 
@@ -439,25 +437,22 @@ def report(args, samples: dict[str, list[Sample]], settings: dict[str, dict], ou
 
 def parse_args(argv=None):
     f = cli.Flags("Evaluate a checkpoint; answers, verdicts and a summary go to --output_dir.")
-    n, at_least_1 = cli.number, cli.number(int, low=1)
-    a = f.add_argument
-    a("--path", "-p", required=True, help="checkpoint directory or hub id")
-    a("--task", "-t", choices=TASKS, nargs="+", default=["gsm8k", "humaneval", "mbpp", "math500"], metavar="TASK",
-      help=f"of {', '.join(TASKS)}")
-    a("--data", nargs="+", default=[], metavar="TASK=PATH", help="file, folder or hub dataset of a task")
-    a("--data_dir", help="folder with " + ", ".join(t.file for t in TASKS.values() if t.file) + "; default: the hub")
-    a("--output_dir", default="evaluation", help="rows, merged rows, summary.json; a run found here is continued")
-    a("--limit", type=at_least_1, help="only the first samples of each task")
-    a("--system_prompt", type=cli.text, help='instead of that of the task; "" for none')
-    a("--seed", type=n(int, low=0), default=42, help="of everything random")
-    a("--batch_size", type=at_least_1, default=8, help="samples decoded together; changes the speed, not the answers")
-    a("--show_answers", type=n(int, low=0), default=0, help="print the first answers of each task with their verdicts")
+    f.choice("--path", "-p", required=True, help="checkpoint directory or hub id")
+    f.choice("--task", "-t", choices=TASKS, nargs="+", default=["gsm8k", "humaneval", "mbpp", "math500"],
+             metavar="TASK", help=f"of {', '.join(TASKS)}")
+    f.choice("--data", nargs="+", default=[], metavar="TASK=PATH", help="file, folder or hub dataset of a task")
+    files = ", ".join(task.file for task in TASKS.values() if task.file)
+    f.choice("--data_dir", help=f"folder with {files}; default: the hub")
+    f.choice("--output_dir", default="evaluation", help="rows, verdicts, summary; a run found here is continued")
+    f.integer("--limit", low=1, help="only the first samples of each task")
+    f.choice("--system_prompt", type=cli.text, help='instead of that of the task; "" for none')
+    f.integer("--seed", low=0, default=42, help="of everything random")
+    f.integer("--batch_size", low=1, default=8, help="samples decoded together; not a matter of the answers")
+    f.integer("--show_answers", low=0, default=0, help="print the first answers of each task with their verdicts")
     f.flag("--bf16", default=torch.cuda.is_available(), help="weights in bfloat16")
     f.flag("--allow_code_execution", help="run the generated programs, which execution.py confines")
-    methods.add_sampling_flags(f)
-    f.set_defaults(temperature=0.0, init_num=None)
+    methods.sampling_flags(f, temperature=0.0)
     args = f.parse_args(argv)
-    methods.check_sampling_flags(f, args)
     given = [item.partition("=")[::2] for item in args.data]
     for name, path in given:
         if not path or name not in args.task or name in toy.SOURCES:

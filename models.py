@@ -336,6 +336,7 @@ class Bert(nn.Module):
         super().__init__()
         self.config = c
         self.gradient_checkpointing = False
+        self.position_limit = c.max_positions  # positions are a table here: beyond its end there is nothing
         D, eps = c.hidden_size, c.layer_norm_eps
         self.embeddings = nn.ModuleDict(
             {

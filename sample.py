@@ -20,7 +20,6 @@ from tqdm import tqdm
 import data
 from plumbing import checkpoints, cli, methods
 from plumbing.picture import Trace, show, write_gif, write_html
-from plumbing.tokenizer import load_tokenizer
 
 
 def parse_args(argv=None):
@@ -70,7 +69,7 @@ class Sampler:
     """A checkpoint, and the settings with which it is asked."""
 
     def __init__(self, directory: Path, args, device: str):
-        self.model, self.tokenizer = open_model(directory, args.bf16, device)
+        self.model, self.tokenizer = checkpoints.open_for_inference(directory, device, args.bf16)
         self.method, self.args = methods.of(self.model), args
         self.settings = methods.sampling_settings(self.method, args, self.model, self.tokenizer)
 
@@ -85,14 +84,6 @@ class Sampler:
     def trace(self, prompt: list[int], live=None) -> Trace:
         t = self.tokenizer
         return Trace(len(prompt), t.pieces, t.mask_id, t.pad_id, live=live)
-
-
-def open_model(directory: Path, bf16: bool, device: str):
-    """(model, tokenizer) of a checkpoint. Raises OSError / ValueError, also where the two do not belong together."""
-    model = checkpoints.load(directory, device=device, dtype=torch.bfloat16 if bf16 else torch.float32).eval()
-    tokenizer = load_tokenizer(directory)
-    checkpoints.check_rows(model, tokenizer, directory)
-    return model, tokenizer
 
 
 def draft_ids(tokenizer, draft: str) -> list[int]:
@@ -146,7 +137,7 @@ def main(argv=None):
         print(f"{len(jobs)} texts written to {args.output}", file=sys.stderr)
     for write, file in ((write_gif, args.make_gif), (write_html, args.make_html)):
         if file:
-            write(trace, file)
+            write(trace, file, sampler.method.TITLE)
             print(f"decode drawn in {file}", file=sys.stderr)
 
 

@@ -115,10 +115,11 @@ def parse_args(argv=None):
         f.error("--load_in_4bit needs --lora: 4-bit weights cannot be trained themselves")
     if (args.pad_len or 0) > args.max_length:
         f.error(f"--pad_len {args.pad_len} must not exceed --max_length {args.max_length}")
-    try:
-        getattr(methods.get(args.method), "check_flags", lambda args: None)(args)
-    except ValueError as e:
-        f.error(str(e))
+    for method in methods.METHODS.values():
+        try:
+            getattr(method, "check_flags", lambda args: None)(args)
+        except ValueError as e:
+            f.error(str(e))
     return args
 
 
@@ -164,7 +165,7 @@ def open_run(args, ranks: Ranks) -> Run | None:
     if not state:
         return None
     if hasattr(method, "start"):
-        method.start(model, settings, [*batches.rows(), *batches.eval], resumed=resume is not None)
+        method.start(model, settings, batches.rows(), resumed=resume is not None)
     ranks.say(describe(args, model, steps, ranks))
     if args.compile:
         for layer in model.model.layers:

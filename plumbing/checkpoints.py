@@ -31,6 +31,7 @@ import lora
 import models
 import parallel
 from plumbing import methods
+from plumbing.tokenizer import Tokenizer, load_tokenizer
 
 STATE = "train_state.json"
 
@@ -411,6 +412,14 @@ def check_rows(model: nn.Module, tokenizer, directory) -> None:
     known, rows = tokenizer.vocab_size, model.config.vocab_size
     if known > rows:
         raise ValueError(f"{directory}: the tokenizer has {known} tokens, but the model only {rows} rows for them")
+
+
+def open_for_inference(directory: Path, device: str, bf16: bool) -> tuple[nn.Module, Tokenizer]:
+    """A checkpoint's model and tokenizer. Raises OSError / ValueError, also where the two do not belong together."""
+    model = load(directory, device, torch.bfloat16 if bf16 else torch.float32).eval()
+    tokenizer = load_tokenizer(directory)
+    check_rows(model, tokenizer, directory)
+    return model, tokenizer
 
 
 def save(model: nn.Module, directory: str, state: dict | None = None) -> None:

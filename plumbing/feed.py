@@ -220,8 +220,10 @@ class Corpus:
                 if n > 0:
                     found, after = self.read_start(file, n, limit)
                     self.held_out += found
-                    n = n - len(found) if held_out or not found else 0
-                    self.begin |= {} if held_out else {file: after}
+                    n -= len(found)
+                    if not held_out:
+                        self.begin[file] = after
+                        n = 0 if found else n  # from one file, so that the others are read from their start
         self.total = sum(file.stat().st_size for file in self.files)
 
     def read_start(self, file, n: int, characters: float) -> tuple[list[dict], int]:
@@ -464,7 +466,7 @@ class StreamedFeed(Feed):
                     f"--dataset_args {corpus.spec}: not the files, the --seed or the held-out part that the checkpoint "
                     "was made with"
                 )
-            self.count, positions = stored["lanes"], stored["positions"]
+            self.count, positions = stored["lanes"], stored["positions"]  # the checkpoints' word for shards
             if self.count % world:
                 fitting = [str(n) for n in range(1, self.count + 1) if self.count % n == 0]
                 raise ValueError(f"this run has {self.count} shards: go on with {', '.join(fitting)} processes")

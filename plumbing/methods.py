@@ -24,7 +24,7 @@ and, where there is need of them,
 
     check_flags     (args): raises ValueError for training flags that do not go together
     check_example   (example, settings): raises ValueError now for what would be raised in the middle of a step
-    start           (model, settings, examples, resumed): before the first step, with some or all of the examples
+    start           (model, settings, examples, resumed): before the first step, with examples of the training data
 
 `settings` is a namespace: the flags, what the checkpoint remembers, `tokens` (the ids of mask, pad, del and eos; None
 where there is none), and for `generate` also `max_positions`.

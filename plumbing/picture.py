@@ -1,21 +1,19 @@
-"""What a decode did, step by step: a recording of its edits, and pictures made from it.
+"""What a decode did, step by step: a recording of its edits, and pictures of it.
 
     trace = Trace(len(prompt), tokenizer.pieces, tokenizer.mask_id, live=sys.stdout)
     samples = sample(model, [prompt], ..., on_step=trace.on_step)
-    trace.finish(prompt + samples[0].response)
-    write_gif(trace, "decode.gif")
-    trace.save("decode.json")  # python -m plumbing.picture show|gif|html decode.json
+    trace.finish(prompt + samples[0].response).save("decode.json")
+    write_gif(trace, "decode.gif")  # later: python -m plumbing.picture show|gif|html decode.json
 
-    recording  per step, one sequence of the batch as it was, and the edits about to be made
-    frames     frame k is the sequence after k steps; every token is marked by how it got there, kept, inserted (+) or
-               substituted (~), and by whether it is about to be deleted (-)
-    lines      a frame as lines of text, for the terminal and the GIF
-    pictures   the terminal, redrawn in place while the decode runs (`live`) or afterwards (`show`), or text with
-               brackets where there is none; an animated GIF; one HTML file to step through
+recording  per step, one sequence of the batch as it was, and the edits about to be made
+frames     frame k is the sequence after k steps; every token is marked by how it got there, kept, inserted (+) or
+           substituted (~), and by whether it is about to be deleted (-)
+lines      a frame as lines of text, for the terminal and the GIF
+pictures   a terminal, redrawn in place while the decode runs (`live`) or afterwards (`show`), or text with brackets
+           where there is none; an animated GIF; one HTML file to step through
 
 The marks follow tokens, not positions: a token keeps its identity when it is kept or substituted, and an inserted one
-gets a new identity. So any two states can be compared, also ones with many steps between them, which is how long
-decodes are shown in few frames.
+gets a new identity. So any two states can be compared, also ones with many steps between them.
 """
 
 import html
@@ -35,7 +33,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from plumbing import cli
 from ragged import DEL, GAP, KEEP, SUB, Ragged
@@ -54,7 +52,7 @@ class State(NamedTuple):
     label: str  # "" for Edit Flows, "mask" or "edit" for the phases of ME-DLM
     ids: list[int]
     text: list[str]  # one string per token
-    edits: list[list[int]]  # [position, op, sub_token, ins_token] where there is something to do; GAP for no token
+    edits: list[list[int]]  # [position, op, sub_token, ins_token] where there is something to do
     uids: list[object]  # the identity of every token
     total: tuple[int, int, int]  # tokens inserted, substituted, deleted by all steps before
 
@@ -80,11 +78,7 @@ class Trace:
         """Called by a sampler after each step, with the state before it and the arguments of `apply_edits`, all [T]."""
         a, b = x.cu_seqlens[self.index : self.index + 2].tolist()
         ids, *columns = (column[a:b].tolist() for column in (x.ids, op, sub_token, ins_token))
-        edits = [
-            [i, op, sub if op == SUB else GAP, ins]
-            for i, (op, sub, ins) in enumerate(zip(*columns))
-            if op != KEEP or ins != GAP
-        ]
+        edits = [[i, *edit] for i, edit in enumerate(zip(*columns)) if edit[0] != KEEP or edit[2] != GAP]
         self.states.append(self._state(float(t), label, ids, self.pieces(ids), edits))
         if self.screen:
             now = len(self.states) - 1
@@ -107,14 +101,12 @@ class Trace:
         if not self.states:
             return State(t, label, ids, text, edits, [object() for _ in ids], (0, 0, 0))
         last = self.states[-1]
-        inserted = sum(ins != GAP for *_, ins in last.edits)
-        substituted = sum(op == SUB and sub != last.ids[i] for i, op, sub, _ in last.edits)
-        deleted = sum(op == DEL for _, op, *_ in last.edits)
-        total = tuple(map(sum, zip(last.total, (inserted, substituted, deleted))))
+        made = [(ins != GAP, op == SUB and sub != last.ids[i], op == DEL) for i, op, sub, ins in last.edits]
+        total = tuple(map(sum, zip(last.total, *made)))
         return State(t, label, ids, text, edits, _carry(*_apply(last), ids), total)
 
     def save(self, path) -> None:
-        """Writes the trace as JSON. Raises OSError."""
+        """Writes a finished trace as JSON. Raises OSError."""
         record = dict(format="nanoedit trace", prompt_len=self.prompt_len, mask_id=self.mask_id, pad_id=self.pad_id)
         record["steps"] = [{name: getattr(state, name) for name in SAVED} for state in self.states]
         record["final"] = self.final.ids, self.final.text
@@ -137,16 +129,15 @@ class Trace:
 
 def _apply(state: State) -> tuple[list[int], list[object]]:
     """`ragged.apply_edits` for one sequence, with identities: substituted tokens keep theirs, inserted ones are new."""
-    at = {position: edit for position, *edit in state.edits}
-    ids, uids = [], []
-    for i, (token, uid) in enumerate(zip(state.ids, state.uids)):
-        op, sub, ins = at.get(i, (KEEP, GAP, GAP))
-        if op != DEL:
-            ids.append(sub if op == SUB else token)
-            uids.append(uid)
+    ids, uids = list(state.ids), list(state.uids)
+    for i, op, sub, ins in reversed(state.edits):
         if ins != GAP:
-            ids.append(ins)
-            uids.append(object())
+            ids.insert(i + 1, ins)
+            uids.insert(i + 1, object())
+        if op == SUB:
+            ids[i] = sub
+        if op == DEL:
+            del ids[i], uids[i]
     return ids, uids
 
 
@@ -221,13 +212,11 @@ def _frame(trace: Trace, now: int, before: int | None = None, after: int | None 
 
 
 def comparison(trace: Trace) -> list[list[Cell]]:
-    """ME-DLM's draft and the repaired text, without the prompt, differences marked; nothing without an edit phase.
-
-    Compared as texts: a token that was deleted and came back is no difference.
-    """
+    """ME-DLM's draft and the repaired text, without the prompt, differences marked; nothing without an edit phase."""
     draft = next((state for state in trace.states if state.label == "edit"), None)
     if draft is None:
         return []
+    # Without the edits: a token that was deleted and came back is no difference.
     pair = Trace(trace.prompt_len, None, trace.mask_id, trace.pad_id, states=[draft._replace(edits=[])])
     pair.final = pair._state(1.0, "", trace.final.ids, trace.final.text, [])
     return [frame.cells[trace.prompt_len :] for frame in frames(pair)]
@@ -256,10 +245,10 @@ def wrap(cells: list[Cell], width: int) -> list[list[Cell]]:
     lines, x = [[]], 0  # lines of (number of the cell, character)
     for word in re.finditer(r"\n| ?[^ \n]+| ", "".join(cell.text for cell in cells)):
         letters = list(zip(owners[slice(*word.span())], word[0]))
-        breaks = word[0] == "\n" or (x and x + columns(word[0]) > width)
-        if breaks:
+        starts = word[0] == "\n" or (x > 0 and x + columns(word[0]) > width)
+        if starts:
             lines, x = [*lines, []], 0
-        if word[0][0].isspace() and (breaks or (x == 0 and cells[letters[0][0]].kind in BLOCKS)):
+        if word[0][0].isspace() and (starts or (x == 0 and cells[letters[0][0]].kind in BLOCKS)):
             letters = letters[1:]
         for n, c in letters:
             if x and x + columns(c) > width:
@@ -297,7 +286,7 @@ def pair_lines(trace: Trace, width: int, rows: int = sys.maxsize) -> list[list[C
     """Of an ME-DLM decode, the draft and the repaired text, one above the other, so many rows of each."""
     lines = []
     for name, cells in zip(("draft:", "repaired:"), comparison(trace)):
-        lines += [[], [Cell(name, "dim")], *view(wrap(cells, width), rows)]
+        lines += [[Cell(name, "dim")], *view(wrap(cells, width), rows), []]
     return lines
 
 
@@ -386,55 +375,67 @@ def font() -> ImageFont.FreeTypeFont:
 def write_gif(trace: Trace, path, title="nanoEdit", width: int = 680, max_rows=18, max_frames=120) -> None:
     """Draws a decode as an animated GIF, `width` units (2 pixels each) wide. Raises OSError.
 
-    Steps without a change are left out, and at most `max_frames` are drawn. Text of more than `max_rows` lines is
-    scrolled to where it changes. The last frame, held for 3 seconds, is the final text without marks, or ME-DLM's
+    Steps without a change are left out, and at most `max_frames` are drawn. Of a text of more than `max_rows` lines
+    the page that changes is in view. The last frame, held for 3 seconds, is the final text without marks, or ME-DLM's
     draft above the repaired text with their differences.
     """
-    shown, per_line = frames(trace, max_frames - 1), int((width * U - 2 * MARGIN) / font().getlength("m"))
-    end = _frame(trace, len(trace.states))
-    if end != shown[-1]:
+    per_line = int((width * U - 2 * MARGIN) / font().getlength("m"))
+    shown = frames(trace, max_frames - 1)
+    pair = pair_lines(trace, per_line, max_rows // 2)
+    end = _frame(trace, len(trace.states))  # compared with nothing: without marks
+    if pair or end != shown[-1]:
         shown.append(end)
     pages = [layout(frame, per_line, max_rows + 4) for frame in shown]
-    if pair := pair_lines(trace, per_line, max_rows // 2):
+    if pair:
         head, *_ = layout(end._replace(phase="draft and repaired"), per_line, max_rows)
-        pages[-1] = [head, *pair, *pages[-1][-2:]]
-    rows, images = max(map(len, pages)), []
+        pages[-1] = [head, [], *pair, pages[-1][-1]]
+    rows = max(map(len, pages))
+    images, palette = [], _palette()
     for page in pages:
         page[-1:-1] = [[]] * (rows - len(page))  # the legend is at the bottom
-        images.append(Image.new("RGB", (width * U, rows * ROW + 2 * MARGIN), PAPER))
+        image = Image.new("RGB", (width * U, rows * ROW + 2 * MARGIN), PAPER)
+        draw = ImageDraw.Draw(image)
         for n, line in enumerate([[Cell(title, "title")], *page]):
-            x, y = MARGIN, MARGIN // 2 + n * ROW
+            x = MARGIN
             for cell in line:
-                x = draw_cell(ImageDraw.Draw(images[-1]), x, y, cell)
-    # One palette for all, so that only what changes is stored: the legend has every colour.
-    palette = images[-1].quantize(128, Image.Quantize.MAXCOVERAGE)
-    images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+                x = draw_cell(draw, x, MARGIN // 2 + n * ROW, cell)
+        images.append(image.quantize(palette=palette, dither=Image.Dither.NONE))
     each = int(max(80, min(600, 12000 / len(images)))) // 10 * 10
     durations = [max(each, 700), *[each] * (len(images) - 2), 3000][-len(images) :]
     images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0, disposal=1)
 
 
+def _palette() -> Image.Image:
+    """One palette for all frames, so that only what changes is stored: inks and their shades on what is below them."""
+    pairs = [(INK, PAPER), (DIM, PAPER), (LINE, LINE)]
+    pairs += [(ink, fill) for *inks, fill in COLORS.values() for ink in inks]
+    colors = []
+    for ink, fill in (map(ImageColor.getrgb, pair) for pair in pairs):
+        colors += [round(a + (b - a) * k / 7) for k in range(8) for a, b in zip(ink, fill)]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(colors)
+    return palette
+
+
 def draw_cell(draw, x: float, y: float, cell: Cell) -> float:
     """A token in the row that starts at y; returns where it ends. Underline, dots and strike carry the meaning of a
     mark, colours repeat it."""
-    word, advance = cell.text.lstrip(" ") or cell.text, font().getlength("m")
+    advance = font().getlength("m")
+    word = cell.text.lstrip(" ") or cell.text
     x += advance * (len(cell.text) - len(word))
-    end, base = x + advance * columns(word) - 1, y + 18 * U
+    end = x + advance * columns(word) - 1
     _, ink, fill = COLORS.get(cell.mark[-1:], (None, INK if cell.kind in ("text", "title") else DIM, LINE))
     if cell.kind == "mask":
         draw.rounded_rectangle((x + U, y + 5 * U, end - U, y + 21 * U), 4 * U, fill)
     else:
         if cell.mark:
             draw.rounded_rectangle((x, y + 2 * U, end, y + 24 * U), 3 * U, fill)
-        draw.text((x, base), word, ink, font(), anchor="ls", stroke_width=(cell.kind == "title") * 0.6)
-    if INSERTED in cell.mark:
-        draw.rectangle((x, y + 22 * U, end, y + 24 * U - 1), COLORS[INSERTED][0])
-    if SUBSTITUTED in cell.mark:
-        for dot in range(round(x), round(end) - U, 5 * U):
-            draw.rectangle((dot, y + 22 * U, dot + 3 * U - 1, y + 24 * U - 1), COLORS[SUBSTITUTED][0])
-    if DELETED in cell.mark:
-        middle = base - round(0.28 * SIZE)
-        draw.rectangle((x, middle - U, end, middle + U - 1), COLORS[DELETED][0])
+        draw.text((x, y + 18 * U), word, ink, font(), anchor="ls", stroke_width=(cell.kind == "title") * 0.6)
+    for mark in cell.mark:
+        top = y + (13 if mark == DELETED else 22) * U
+        dots = [(dot, dot + 3 * U - 1) for dot in range(round(x), round(end) - U, 5 * U)]
+        for left, right in dots if mark == SUBSTITUTED else [(x, end)]:
+            draw.rectangle((left, top, right, top + 2 * U - 1), COLORS[mark][0])
     return end + 1
 
 
@@ -457,9 +458,6 @@ def write_html(trace: Trace, path, title: str = "nanoEdit", max_frames: int = 10
     data = data.replace("<", "\\u003c")  # so nothing in it can end the script element
     head, tail = PAGE.read_text(encoding="utf-8").split("{{data}}")
     Path(path).write_text(head.replace("{{title}}", html.escape(title)) + data + tail, encoding="utf-8")
-
-
-# ---- command line ----------------------------------------------------------------------------------------------------
 
 
 def main(argv=None) -> None:

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import evaluate
-import models
 import toy
+from plumbing import checkpoints
+from ragged import Generated
 
 PROMPT = 'def double(x):\n    """Twice x.\n    >>> double(2)\n    4\n    """\n'
 RECORDS = {
@@ -481,37 +482,30 @@ def test_a_missing_judge_is_found_before_the_model(monkeypatch, files, tmp_path)
         evaluate.main(["--path", str(tmp_path), "--task", "math500", "--data_dir", str(tmp_path)])
 
 
-def test_any_method_is_asked_in_the_same_way(monkeypatch, tmp_path):
-    """A method is what offers three functions; its settings and its counts of passes bear its own names."""
-    seen = {}
-
-    def check_prompts(prompts, settings, positions, drafts=None, *, names):
-        seen["check"] = len(prompts), drafts, names[1]
+def test_any_method_is_asked_in_the_same_way(monkeypatch):
+    """A method's counts of passes bear its own names; what its answers depend on includes what the task says."""
 
     def generate(model, prompts, settings, seeds, drafts=None):
-        return [SimpleNamespace(response=ids[1:], draft=None, passes={"leaps": s}) for ids, s in zip(prompts, seeds)]
+        texts = [ids[1:] for ids in prompts]
+        return [Generated(ids, ids, {"leaps": seed}, draft=ids[:1]) for ids, seed in zip(texts, seeds)]
 
-    def sampling_settings(args, nanoedit, tokenizer):
-        return SimpleNamespace(init_num=args.init_num, temperature=args.temperature)
-
-    method = SimpleNamespace(sampling_settings=sampling_settings, check_prompts=check_prompts, generate=generate)
+    method = SimpleNamespace(TOKENS=(), room=lambda settings: settings.init_num, generate=generate)
     monkeypatch.setattr(evaluate.methods, "of", lambda model: method)
     tokenizer = toy.tokenizer()
-    model = models.build("editflow", "tiny", tokenizer.vocab_size)
-    args = evaluate.parse_args(["--path", "x", "--task", "toy", "--bf16", "False"])
+    model = checkpoints.new_model("editflow", "tiny", tokenizer.vocab_size)
+    args = evaluate.parse_args(["--path", "x", "--task", "toy", "--top_k", "7"])
     samples = evaluate.load_samples("toy", "", 3, 0, None)
     settings, answer = evaluate.prepare(model, tokenizer, args, "toy", samples)
-    assert settings == {"method": "editflow", "bf16": False, "init_num": 24, "temperature": 0.0}
-    assert seen["check"] == (3, None, "question Toy/1")
-    row = answer(samples)[2]
-    assert row == {"response": samples[2].messages[0]["content"], "tokens": row["tokens"], "draft": None, "leaps": 2}
+    assert (settings["init_num"], settings["temperature"], settings["top_k"]) == (24, 0.0, 7)
+    prompt = samples[2].messages[0]["content"]
+    assert answer(samples)[2] == {"response": prompt, "tokens": 7, "draft": prompt.split()[0], "leaps": 2}
 
 
 @pytest.mark.parametrize("method", ["medlm", "editflow"])
 def test_real_models_of_both_methods(method, tmp_path, capsys):
     tokenizer = toy.tokenizer()
     options = {"schedule": "linear", "x0_sampler": "masks[length:4]"} if method == "editflow" else {}
-    models.save(models.build(method, "tiny", tokenizer.vocab_size, **options), str(tmp_path / "model"))
+    checkpoints.save(checkpoints.new_model(method, "tiny", tokenizer.vocab_size, **options), str(tmp_path / "model"))
     tokenizer.save(tmp_path / "model")
     flags = ["--path", str(tmp_path / "model"), "--task", "toy", "--limit", "2", "--output_dir", str(tmp_path / "out")]
     evaluate.main([*flags, "-m", "2", "-e", "2", "--init_num", "4", "--tau", "0.5", "--show_answers", "1"])
@@ -530,9 +524,9 @@ def test_real_models_of_both_methods(method, tmp_path, capsys):
 
 def test_repairs_start_from_the_corrupted_responses_and_both_are_judged(tmp_path):
     tokenizer = toy.tokenizer()
-    model = models.build("editflow", "tiny", tokenizer.vocab_size, schedule="linear", x0_sampler="draft")
+    model = checkpoints.new_model("editflow", "tiny", tokenizer.vocab_size, schedule="linear", x0_sampler="draft")
     torch.nn.init.constant_(model.rate_heads[0].bias, -60.0)  # nothing is edited
-    models.save(model, tmp_path / "model")
+    checkpoints.save(model, tmp_path / "model")
     tokenizer.save(tmp_path / "model")
     flags = ["--path", str(tmp_path / "model"), "--task", "toy-repair", "--limit", "20", "--steps", "2"]
     evaluate.main([*flags, "--output_dir", str(tmp_path / "out")])

@@ -10,19 +10,18 @@ import itertools
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import threading
+import tracemalloc
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
-from fleet import Fleet, forkserver, metrics, run
+from fleet import Fleet, metrics, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -111,7 +110,7 @@ def test_many_packed_files_are_shared_whole(tmp_path):
     for i in range(9):
         as_file("jsonl.gz", tmp_path, [f"text {i}"]).rename(tmp_path / f"part{i}.jsonl.gz")
     source = corpus(tmp_path)
-    assert Counter(an_epoch(source, 4)) == Counter(f"text {i}" for i in range(9))
+    assert sorted(an_epoch(source, 4)) == [f"text {i}" for i in range(9)]
     assert sum(map(len, source.deal(4, 0))) == 9
 
 
@@ -208,33 +207,17 @@ def test_a_sample_comes_from_all_over_the_corpus(tmp_path):
     source = corpus(jsonl(tmp_path / "a.jsonl", texts(20000)))
     numbers = [int(r["text"].split(":")[0]) for r in source.sample(200_000)]
     assert 1000 < len(numbers) < 6000
-    assert min(numbers) < 3000
-    assert max(numbers) > 17000
+    assert len({n // 1000 for n in numbers}) > 10
 
 
-# ---------------------------------------------------------------------------------------------------- memory
-
-
-def read_much(file, result):
-    stream = Plain(feed.Corpus(file, 0, 0, None, False), group=16)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    records = sum(len(batch) for _ in range(1500) for batch in stream.take())
-    Path(result).write_text(json.dumps([records, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
-
-
-@pytest.mark.slow
-def test_the_corpus_is_never_held(tmp_path):
-    file = tmp_path / "large.jsonl"
-    block = "".join(json.dumps({"text": text * 8}) + "\n" for text in texts(2000))
-    with open(file, "w") as f:
-        for _ in range(200_000_000 // len(block)):
-            f.write(block)
-    process = forkserver.Process(target=read_much, args=(str(file), str(tmp_path / "result")))
-    process.start()
-    process.join()
-    records, kilobytes = json.loads((tmp_path / "result").read_text())
-    assert records > 60_000
-    assert kilobytes < 100_000, "of 200 MB"
+def test_the_corpus_is_never_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(feed, "BUFFER_RECORDS", 20)
+    file = jsonl(tmp_path / "a.jsonl", [text * 50 for text in texts(5000)])
+    tracemalloc.start()
+    stream = Plain(corpus(file), group=16)
+    assert sum(len(batch) for _ in range(120) for batch in stream.take()) > 5000
+    assert tracemalloc.get_traced_memory()[1] < file.stat().st_size / 5
+    tracemalloc.stop()
 
 
 # ---------------------------------------------------------------------------------------------------- servers
@@ -245,10 +228,10 @@ class Server:
     points, as the hub does."""
 
     def __init__(self, folder, trouble=lambda path: None, storage=None):
-        self.folder, self.trouble, self.storage = Path(folder), trouble, storage
+        self.folder, self.trouble, self.storage = folder, trouble, storage
         self.asked, self.spoilt = [], 0
-        handler = type("Handler", (http.server.BaseHTTPRequestHandler,), {"do_GET": lambda request: self.answer(request)})
-        handler.log_message, handler.protocol_version = lambda *_: None, "HTTP/1.1"
+        methods = {"do_GET": lambda request: self.answer(request), "log_message": lambda *_: None}
+        handler = type("Handler", (http.server.BaseHTTPRequestHandler,), methods | {"protocol_version": "HTTP/1.1"})
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -362,19 +345,7 @@ FLAGS = (
     "--method editflow --x0_sampler masks[length:8] --max_length 48 --vocab_size 300 --per_device_train_batch_size 4 "
     "--streaming True --logging_steps 3 --eval_steps 10 --save_steps 7 --max_steps 30 --eval_samples 0"
 )
-ENDLESS = f"{FLAGS} --max_steps 100000 --save_steps 100000 --logging_steps 1 --eval_strategy no"
-
-
-@pytest.mark.slow
-def test_1_2_and_4_processes_have_the_same_losses(tmp_path):
-    file = jsonl(tmp_path / "a.jsonl", texts(3000))
-    for world in (1, 2, 4):
-        flags = f"{FLAGS} --dataset_args {file} --gradient_accumulation_steps {4 // world}"
-        run(flags, tmp_path / f"on{world}", world)
-    one, two, four = (metrics(tmp_path / f"on{world}") for world in (1, 2, 4))
-    for a, b, c in zip(one, two, four, strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
-        assert a == pytest.approx(c, rel=1e-4)
+ENDLESS = "--max_steps 100000 --save_steps 100000 --logging_steps 1 --eval_strategy no"
 
 
 def kill_9(steps, rank):
@@ -423,8 +394,8 @@ def test_what_ends_a_run_saves_it_and_it_can_go_on(end, tmp_path):
     jsonl(tmp_path / "a.jsonl", texts(4000))
     broken, out = threading.Event(), tmp_path / "out"
     with Server(tmp_path, lambda path: "503" if broken.is_set() else None) as server:
-        flags, world = f"{ENDLESS} --dataset_args {server.url}/a.jsonl", 2 if end == "a lasting fault" else 1
-        waits = (0, 0.05) if end == "a lasting fault" else (0, 3600)
+        flags = f"{FLAGS} {ENDLESS} --dataset_args {server.url}/a.jsonl"
+        world, waits = {"a lasting fault": (2, (0, 0.05)), "sigterm": (1, (0, 3600))}[end]
         fleet = Fleet(flags, out, world, functools.partial(set_waits, waits))
         fleet.until((out / "metrics.jsonl").exists)
         broken.set()
@@ -434,9 +405,7 @@ def test_what_ends_a_run_saves_it_and_it_can_go_on(end, tmp_path):
             assert fleet.wait() == [0]
         else:
             assert fleet.wait() == [1, 1], fleet.said()
-            error = next(line for line in fleet.said().splitlines() if "error:" in line)
-            assert "a.jsonl: cannot be read (status 503" in error
-            assert "saved in" in error
+            assert "a.jsonl: cannot be read (status 503" in fleet.said()
         assert "the same command goes on from there" in fleet.said()
         broken.clear()
         (saved,) = out.glob("checkpoint-*")

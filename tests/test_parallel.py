@@ -96,13 +96,13 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
 def exchanges(rank, directory, mode, micro_batches):
     """Writes how many times gradients are exchanged in a step of so many micro-batches."""
     import models
+    from plumbing import checkpoints
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
     ranks = parallel.Ranks.__new__(parallel.Ranks)
     ranks.rank, ranks.world, ranks.device = rank, 2, torch.device("cpu")
-    module = parallel.LossModule(models.build("editflow", "tiny", 50))
-    call = parallel.distribute(module, mode, ranks)
+    model = parallel.ParallelModel(checkpoints.new_model("editflow", "tiny", 50), mode, ranks)
 
     def loss(model):
         rope, x = models.rotary(torch.arange(4), 32, 1e4), models.Ragged.pack([[1, 2, 3, 4]])
@@ -112,8 +112,8 @@ def exchanges(rank, directory, mode, micro_batches):
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for m in range(micro_batches):
-            with parallel.accumulating(call, last=m == micro_batches - 1):
-                call(loss).backward()
+            with model.micro_batch(last=m == micro_batches - 1):
+                model(loss).backward()
     names = [event.name for event in profile.events()]
     counted = sum("allreduce" in name or "reduce_scatter" in name for name in names if name.startswith("c10d::"))
     if rank == 0:
@@ -145,13 +145,13 @@ def uneven_texts(rank):
 
     draw_masks, propose_edits = medlm.draw_masks, medlm.propose_edits
 
-    def draw(x, first, t, generator):
-        rows = draw_masks(x, first, t * 0 + 1, generator)
+    def draw(x, prompt_len, t, generator):
+        rows = draw_masks(x, prompt_len, t * 0 + 1, generator)
         return rows[:1] if rank == 1 else rows
 
-    def propose(model, x, first, active, tokens, room, max_edits):
-        (op, sub, ins), doubt = propose_edits(model, x, first, active, tokens, room, max_edits)
-        return ((op * 0, sub, ins * 0 - 1) if rank == 1 else (op, sub, ins)), doubt
+    def propose(*args):
+        op, sub, ins = propose_edits(*args)
+        return (op * 0, sub, ins * 0 - 1) if rank == 1 else (op, sub, ins)
 
     medlm.draw_masks, medlm.propose_edits = draw, propose
 
@@ -159,28 +159,28 @@ def uneven_texts(rank):
 def not_finite_on_rank_1(rank):
     import medlm
 
-    mask_loss, calls = medlm.mask_loss, []
+    loss_of, calls = medlm.loss, []
 
     def loss(*args):
         calls.append(1)
-        value, parts = mask_loss(*args)
+        value, parts = loss_of(*args)
         return (value * float("nan") if rank == 1 and len(calls) == 3 else value), parts
 
-    medlm.mask_loss = loss
+    medlm.loss = loss
 
 
 def out_of_memory_on_rank_1(rank):
     import medlm
 
-    mask_loss, calls = medlm.mask_loss, []
+    loss_of, calls = medlm.loss, []
 
     def loss(*args):
         calls.append(1)
         if rank == 1 and len(calls) == 3:
             raise MemoryError("rank 1 is full")
-        return mask_loss(*args)
+        return loss_of(*args)
 
-    medlm.mask_loss = loss
+    medlm.loss = loss
 
 
 @pytest.mark.slow
@@ -241,3 +241,15 @@ def test_a_rank_that_is_killed_takes_the_others_with_it(tmp_path):
     assert fleet.wait() == [1, 1, -signal.SIGKILL], fleet.said()
     assert "the connection to another process, which has died, is lost" in fleet.said()
     assert "Traceback" not in fleet.said()
+
+
+def test_inference_is_without_gradients_and_dropout_and_the_mode_comes_back():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
+    handle = parallel.ParallelModel(model, "ddp", parallel.Ranks())
+    forward = lambda model: model(torch.ones(2, 4))  # noqa: E731
+    with handle.inference():
+        a, b = handle(forward), handle(forward)
+    assert torch.equal(a, b)
+    assert not a.requires_grad
+    assert model.training
+    assert handle(forward).requires_grad

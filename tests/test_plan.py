@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import editflow
 import lora
 import medlm
-import models
 import parallel
 import plan
 from parallel import LossModule
+from plumbing import checkpoints
 from ragged import Ragged
 
 MIB = 2**20
@@ -74,7 +74,7 @@ def measured(text: str, ranks) -> tuple[int, int, int]:
 
 
 def real_model(args, ranks):
-    model = models.build(args.method, args.model, args.vocab_size)
+    model = checkpoints.new_model(args.method, args.model, args.vocab_size)
     model.model.gradient_checkpointing = args.gradient_checkpointing
     if args.lora:
         lora.add(model, args.lora_r, four_bit=args.load_in_4bit)

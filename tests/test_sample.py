@@ -69,7 +69,7 @@ def test_prompts_from_the_command_line_are_answered_in_order(name, samples):
     special = [f"<|{name}|>" for name in ("bos", "eos", "pad", "mask", "del")]
     assert not any(token in r["response"] for r in records for token in special), "no special tokens in what is written"
     details = {
-        "editflow": {"substitutions", "deletions", "insertions", "left_over"},
+        "editflow": {"steps", "substitutions", "deletions", "insertions", "left_over"},
         "medlm": {"draft", "mask_passes", "edit_passes"},
     }
     assert all(r.keys() == {"prompt", "response", "seed"} | details[name] for r in records)
@@ -117,22 +117,15 @@ def test_on_the_terminal_there_is_the_text_alone_or_each_under_a_heading(saved, 
     assert capsys.readouterr().out == "".join(expected)
 
 
-def test_text_ends_before_end_of_message():
-    assert sample.until([4, 5, 2, 6, 2], 2) == [4, 5]
-    assert sample.until([4, 5], 2) == [4, 5]
-    assert sample.until([4, 5], None) == [4, 5]
-
-
 def test_tau_is_one_over_steps():
-    flow = checkpoints.new_model("editflow", "tiny", 9)
     for flags, expected in (("", 100), ("--tau 0.25", 4), ("--tau 1", 1), ("--steps 7", 7)):
         args = sample.parse_args(["--model_name_or_path", "x", *flags.split()])
-        assert sample.passes(flow, args) == expected
+        assert editflow.passes(args) == expected
 
 
 def test_where_edit_flows_start(samples, monkeypatch):
     starts, step = [], editflow.sample
-    monkeypatch.setattr(editflow, "sample", lambda *a, x0, **k: starts.append(x0) or step(*a, x0=x0, **k))
+    monkeypatch.setattr(editflow, "sample", lambda m, p, x0, **k: starts.append(x0) or step(m, p, x0, **k))
     words = toy.tokenizer()
     draft = [*words.encode("That makes 8."), words.eos_id]
     samples("editflow", "--prompt", PROMPT)
@@ -144,13 +137,13 @@ def test_where_edit_flows_start(samples, monkeypatch):
 
 
 def test_the_chat_template_wraps_prompts_unless_switched_off(saved, samples, monkeypatch):
-    seen, generate = [], sample.generate
+    seen, generate = [], sample.Sampler.generate
 
-    def watched(model, tokenizer, prompts, *args):
-        seen.append(tokenizer.decode(prompts[0], skip_special=False))
-        return generate(model, tokenizer, prompts, *args)
+    def watched(sampler, prompts, *args):
+        seen.append(sampler.tokenizer.decode(prompts[0], skip_special=False))
+        return generate(sampler, prompts, *args)
 
-    monkeypatch.setattr(sample, "generate", watched)
+    monkeypatch.setattr(sample.Sampler, "generate", watched)
     samples("chat", "--prompt", "Hello")
     samples("chat", "--prompt", "Hello", "--chat_template", "False")
     samples("chat")
@@ -197,13 +190,13 @@ def conversation(saved, monkeypatch, capsys):
 
 @pytest.fixture
 def prompts_seen(monkeypatch):
-    seen, prompt_ids = [], sample.prompt_ids
+    seen, prompt = [], sample.Sampler.prompt
 
-    def watched(tokenizer, messages, args):
+    def watched(sampler, messages):
         seen.append(messages)
-        return prompt_ids(tokenizer, messages, args)
+        return prompt(sampler, messages)
 
-    monkeypatch.setattr(sample, "prompt_ids", watched)
+    monkeypatch.setattr(sample.Sampler, "prompt", watched)
     return seen
 
 

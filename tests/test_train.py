@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +18,11 @@ from safetensors.torch import load_file
 
 import data
 import medlm
-import models
 import parallel
 import sample
 import toy
 import train
-from plumbing import checkpoints
+from plumbing import checkpoints, feed
 from plumbing.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(train.__file__).parent
@@ -142,13 +142,18 @@ def test_steps_follow_from_epochs_and_groups(tmp_path):
 def test_every_example_once_an_epoch_in_another_order():
     args = train.parse_args(f"{TOY} {METHODS['editflow']} --output_dir x".split())
     records, held_out, _ = data.load_records(args.dataset_args, args.seed)
-    dataset = train.Data(args, toy.tokenizer(), records, held_out, parallel.Ranks())
-    stream = dataset.stream(0)
-    epochs = [[tuple(e.prompt + e.response) for _ in range(6) for e in next(stream)] for _ in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1])
-    assert epochs[0] != epochs[1]
-    skipped = dataset.stream(9)
-    assert [tuple(e.prompt + e.response) for _ in range(3) for e in next(skipped)] == epochs[1][24:]
+    method = SimpleNamespace(PACKED=False)
+    batches = feed.MemoryFeed(args, method, {}, toy.tokenizer(), records, held_out, parallel.Ranks())
+
+    def taken(step, n):
+        batches.begin(step, None)
+        return [tuple(e.prompt + e.response) for _ in range(n) for batch in batches.take() for e in batch]
+
+    both = taken(0, 12)
+    first, second = both[:48], both[48:]
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert taken(9, 3) == second[24:]
 
 
 def test_continued_training_from_a_checkpoint_keeps_its_settings(tmp_path):
@@ -163,13 +168,13 @@ def test_continued_training_from_a_checkpoint_keeps_its_settings(tmp_path):
 
 
 def test_copy_head_starts_the_second_head_as_the_first(tmp_path, monkeypatch):
-    seen, loss = [], medlm.mask_loss
+    seen, loss = [], medlm.loss
 
     def watched(model, *args):
         seen.append({name: p.clone() for name, p in model.state_dict().items()})
         return loss(model, *args)
 
-    monkeypatch.setattr(medlm, "mask_loss", watched)
+    monkeypatch.setattr(medlm, "loss", watched)
     run("medlm", tmp_path, "--max_steps 2 --copy_head --intermediate_ratio 0 --eval_strategy no")
     assert torch.equal(seen[0]["lm_head.weight"], seen[0]["next_token_head.weight"])
     assert not torch.equal(seen[1]["lm_head.weight"], seen[1]["next_token_head.weight"])
@@ -243,17 +248,16 @@ def test_a_file_called_toys_is_not_the_toy_task(corpus, tmp_path, monkeypatch):
 
 def signal_at(step, number, monkeypatch, times=1):
     """A real signal to this process while that step is logged."""
-    write = train.Log.write
+    write = train.Log.write_when_due
 
     def interrupted(log, at, lr):
-        values = write(log, at, lr)
+        write(log, at, lr)
         if at == step:
             for _ in range(times):
                 os.kill(os.getpid(), number)
-        return values
 
-    monkeypatch.setattr(train.Log, "write", interrupted)
-    return lambda: monkeypatch.setattr(train.Log, "write", write)
+    monkeypatch.setattr(train.Log, "write_when_due", interrupted)
+    return lambda: monkeypatch.setattr(train.Log, "write_when_due", write)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -310,14 +314,14 @@ def full_disk():
 @pytest.mark.parametrize("where", ["model", "optimizer"])
 def test_a_save_that_fails_leaves_the_older_checkpoint_whole(where, tmp_path, monkeypatch, full_disk):
     flags = "--max_steps 6 --save_steps 2 --save_total_limit 1"
-    owner, name = {"model": (models, "save"), "optimizer": (checkpoints, "save_file")}[where]
-    save, calls = getattr(owner, name), []
+    save, calls = checkpoints.save_file, []
 
-    def second_fails(*args):
-        calls.append(args)
-        return full_disk(save, *args) if len(calls) == 2 else save(*args)
+    def second_fails(tensors, file, **options):
+        calls.append(file)
+        fails = sum(where in str(file) for file in calls) == 2 and where in str(file)
+        return full_disk(save, tensors, file, **options) if fails else save(tensors, file, **options)
 
-    monkeypatch.setattr(owner, name, second_fails)
+    monkeypatch.setattr(checkpoints, "save_file", second_fails)
     with pytest.raises(OSError, match=f"{tmp_path}/checkpoint-4: cannot be saved .*the same command goes on"):
         run("editflow", tmp_path, flags)
     assert [c.name for c in checkpoints.checkpoints(tmp_path)] == ["checkpoint-2"]
