@@ -184,7 +184,7 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_good_checkpoint(tmp_path):
         assert fleet.wait() == [1, 1], fleet.said()
         error = fleet.logs[0].read_text().splitlines()[-1]
         assert "No space left on device" in error, fleet.said()
-        assert "goes on from the last one" in error
+        assert "goes on from the last checkpoint" in error
         assert "Traceback" not in fleet.said()
         saved = checkpoints.checkpoints(disk / "out")
         assert saved
