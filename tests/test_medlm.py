@@ -271,11 +271,6 @@ def test_bound_is_the_mean_over_orders_of_the_nll_and_an_upper_bound_of_the_exac
     assert total == pytest.approx(1, rel=1e-5)  # what is bounded is the likelihood of a proper distribution
 
 
-def test_empty_prompts_are_refused():
-    with pytest.raises(ValueError, match="example 1 has an empty prompt"):
-        medlm.pack_examples([example([1], [2]), example([], [2])])
-
-
 # ---------------------------------------------------------------------------------------------------- parts of a pass
 
 
