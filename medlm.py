@@ -111,7 +111,7 @@ def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict]:
 
 
 def pack_examples(examples) -> tuple[Ragged, Tensor]:
-    """Prompt + response of every example (.prompt and .response are lists of token ids) in one row, and prompt_len [B]."""
+    """Examples, with token ids in .prompt and .response, as prompt + response in one row, and prompt_len [B]."""
     x = Ragged.pack([[*e.prompt, *e.response] for e in examples])
     return x, torch.tensor([len(e.prompt) for e in examples], dtype=torch.int64)
 
