@@ -25,6 +25,7 @@ import time
 from functools import partial
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import numpy as np
 import torch
@@ -175,19 +176,12 @@ def loss_on_all_rows(model, batch):
     return total, {}
 
 
-def loss_step(loss, model, batch):
-    model.zero_grad()
-    value, _ = loss(model, batch)
-    value.backward()
-    return float(value.detach())
-
-
-def peak_memory(work, *inputs) -> float:
-    """MB that one call takes at most beyond what its process held before, in a process of its own."""
+def peak_memory(work) -> float:
+    """MB that work() takes at most beyond what its process held before, in a process of its own."""
 
     def child(pipe):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        work(*inputs)
+        work()
         pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
     ours, theirs = multiprocessing.Pipe()
@@ -201,21 +195,27 @@ def bench_loss(args):
     """The Edit Flows loss against vocabulary logits on all rows: a training step, forward and backward. Memory: the
     peak of one step beyond weights and libraries, gradients included."""
     model, batch = random_model(args, "editflow", "modernbert", 1.5), path_batch(args)
+
+    def step(loss):
+        model.zero_grad()
+        value, _ = loss(model, batch)
+        value.backward()
+        return float(value.detach())
+
     contestants = {
-        "rows with an edit": partial(loss_step, editflow.loss, model, batch),
-        "all rows": partial(loss_step, loss_on_all_rows, model, batch),
+        "rows with an edit": partial(step, editflow.loss),
+        "all rows": partial(step, loss_on_all_rows),
     }
     torch.set_num_threads(1)  # a forked child must not inherit a pool of threads
-    memory = {name: peak_memory(step) for name, step in contestants.items()}
+    memory = {name: peak_memory(work) for name, work in contestants.items()}
     torch.set_num_threads(args.threads)
-    values = {name: step() for name, step in contestants.items()}
+    values = {name: work() for name, work in contestants.items()}
     seconds = take_turns(contestants, args.repeats)
-    edited = len(batch.sub_row.unique()) + len(batch.ins_row.unique())
-    rows = {"rows with an edit": edited, "all rows": 2 * len(batch.x.ids)}
+    rows = [len(batch.sub_row.unique()) + len(batch.ins_row.unique()), 2 * len(batch.x.ids)]
     print(f"{len(batch.x)} sequences, {len(batch.x.ids)} tokens, V = {args.vocab}, {args.threads} threads, float32")
     print("vocabulary heads on    head rows      loss   ms / step   peak MB")
-    for name in contestants:
-        print(f"{name:20} {rows[name]:11} {values[name]:9.4f} {1e3 * median(seconds[name]):11.1f} {memory[name]:9.0f}")
+    for name, n in zip(contestants, rows):
+        print(f"{name:20} {n:11} {values[name]:9.4f} {1e3 * median(seconds[name]):11.1f} {memory[name]:9.0f}")
     faster = ratio(seconds["all rows"], seconds["rows with an edit"])
     print(f"{faster:.2f}x as fast, {memory['rows with an edit'] / memory['all rows']:.0%} of the memory")
 
@@ -270,6 +270,21 @@ def bench_sampling(args):
     print(f"one prompt: {median(outside):.1%} of the time outside the model's layers and heads")
 
 
+def attentions(x: Ragged) -> dict:
+    """Three ways of attention inside the sequences of x: name -> function of q, k, v [T, 4, 64]."""
+    valid, same = torch.arange(x.max_seqlen) < x.lengths[:, None], x.batch[:, None] == x.batch
+
+    def padded(*qkv):
+        q, k, v = (z.new_zeros(*valid.shape, 4, 64).index_put((valid,), z).transpose(1, 2) for z in qkv)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]).transpose(1, 2)[valid]
+
+    def masked(*qkv):
+        q, k, v = (z.transpose(0, 1)[None] for z in qkv)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=same)[0].transpose(0, 1)
+
+    return {"ours": lambda *qkv: models.attend(*qkv, x.cu_seqlens, x.max_seqlen), "padded": padded, "masked": masked}
+
+
 def bench_attention(args):
     """`models.attend` on CPU against one padded and one masked call of PyTorch's attention, forward and backward."""
     print("sequences  lengths     attend ms |  padded ms  ratio |  masked ms  ratio")
@@ -277,28 +292,12 @@ def bench_attention(args):
         rng = torch.Generator().manual_seed(args.seed)
         x = Ragged.pack([[0] * n for n in torch.randint(low, high + 1, (batch,), generator=rng).tolist()])
         qkv = [torch.randn(len(x.ids), 4, 64, generator=rng, requires_grad=True) for _ in range(3)]
-        column = torch.arange(x.max_seqlen)
-        valid, same = column < x.lengths[:, None], x.batch[:, None] == x.batch
-
-        def padded(q, k, v, x=x, valid=valid):
-            q, k, v = (z.new_zeros(*valid.shape, 4, 64).index_put((valid,), z).transpose(1, 2) for z in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]).transpose(1, 2)[valid]
-
-        def masked(q, k, v, same=same):
-            q, k, v = (z.transpose(0, 1)[None] for z in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=same)[0].transpose(0, 1)
-
-        def ours(q, k, v, x=x):
-            return models.attend(q, k, v, x.cu_seqlens, x.max_seqlen)
-
-        contestants = {f.__name__: lambda f=f, qkv=qkv: f(*qkv).sum().backward() for f in (ours, padded, masked)}
+        contestants = {name: lambda f=f, qkv=qkv: f(*qkv).sum().backward() for name, f in attentions(x).items()}
         s = take_turns(contestants, args.repeats)
-        ms = {name: 1e3 * median(times) for name, times in s.items()}
-        print(
-            f"{batch:9}  {low:3} - {high:3}  {ms['ours']:10.2f} |"
-            f" {ms['padded']:10.2f} {ratio(s['padded'], s['ours']):5.2f}x |"
-            f" {ms['masked']:10.2f} {ratio(s['masked'], s['ours']):5.2f}x"
-        )
+        line = f"{batch:9}  {low:3} - {high:3}  {1e3 * median(s['ours']):10.2f}"
+        for name in ("padded", "masked"):
+            line += f" | {1e3 * median(s[name]):10.2f} {ratio(s[name], s['ours']):5.2f}x"
+        print(line)
 
 
 # ---------------------------------------------------------------------------------------------------- ME-DLM
@@ -319,18 +318,14 @@ def bench_decode(args):
     model = random_model(args, "medlm", "llada", 3).eval()
     prompts = torch.randint(10, args.vocab, (args.batch, 3 * args.length)).tolist()
     tokens = {"mask": 1, "pad": 2, "del": 3, "eos": 4}
-    best_tokens = medlm.best_tokens
+    steps = {"mask_diffusion_step": args.mask_passes, "edit_diffusion_step": args.edit_passes}
 
-    def decode(rows):
-        medlm.best_tokens = rows
-        try:
-            steps = {"mask_diffusion_step": args.mask_passes, "edit_diffusion_step": args.edit_passes}
+    def decode(best_tokens):
+        with mock.patch.object(medlm, "best_tokens", best_tokens):
             return medlm.decode(model, prompts, tokens, init_num=args.length, **steps)
-        finally:
-            medlm.best_tokens = best_tokens
 
     contestants = {
-        "rows that can change": partial(decode, best_tokens),
+        "rows that can change": partial(decode, medlm.best_tokens),
         "all rows": partial(decode, best_tokens_on_all_rows),
     }
     plain, ours = ([d.response for d in work()] for work in contestants.values())
@@ -424,10 +419,11 @@ def reading_speed(file: Path) -> float:
     return read / 1e6 / (time.perf_counter() - start)
 
 
+COMMON = {"repeats": 15, "seed": 0, "threads": torch.get_num_threads()}
 SIZE = {"hidden": 256, "layers": 6, "batch": 16}
 BENCHMARKS = {  # each with the defaults of its flags
     bench_edit_distance: {
-        "lengths": [128, 512, 2048], "noise": [0.05, 0.3, 1.0], "vocab": 32000, "pairs": 128, "passes": 5,
+        "lengths": [128, 512, 2048], "noise": [0.05, 0.3, 1.0], "vocab": 32000, "pairs": 128, "passes": 5
     },
     bench_attention: {},
     bench_loss: SIZE | {"vocab": 50000, "length": 128},
@@ -438,30 +434,24 @@ BENCHMARKS = {  # each with the defaults of its flags
     bench_streaming: {"gigabytes": 5.0, "folder": tempfile.gettempdir(), "steps": 100},
 }  # fmt: skip
 HELP = {
-    "repeats": "turns; every ratio is a median over them", "threads": "of PyTorch", "noise": "share edited; 1: unrelated",
-    "lengths": "tokens of the clean sequence", "length": "tokens of a target; for decode masks, a third of the prompt",
-    "vocab": "tokens in the vocabulary", "batch": "sequences", "pairs": "pairs in a batch",
-    "passes": "over the batch in one turn, so that caches are warm for all", "preset": ", ".join(models.PRESETS),
-    "data": "a dataset spec, GSM8K's train.jsonl for example", "folder": "where the corpus is made",
+    "repeats": "turns; every ratio is a median over them", "noise": "share edited; 1: unrelated", "batch": "sequences",
+    "pairs": "in a batch", "passes": "over the batch in one turn, so that caches are warm for all",
+    "data": "a dataset spec, GSM8K's train.jsonl for example", "preset": ", ".join(models.PRESETS),
+    "length": "tokens; a prompt of decode has three times as many", "folder": "where the corpus is made",
 }  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
-    for run, defaults in BENCHMARKS.items():
-        p = benchmarks.add_parser(
-            run.__name__.removeprefix("bench_"), help=run.__doc__.partition(".")[0],
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )  # fmt: skip
+    for run, flags in BENCHMARKS.items():
+        name = run.__name__.removeprefix("bench_")
+        p = benchmarks.add_parser(name, description=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         p.set_defaults(run=run)
-        for name, default in ({"repeats": 15, "seed": 0, "threads": torch.get_num_threads()} | defaults).items():
-            many = isinstance(default, list)
-            kind = str if default is None else type(default[0] if many else default)
-            p.add_argument(
-                f"--{name}", type=kind, nargs="+" if many else None, default=default, required=default is None,
-                help=HELP.get(name, " "),
-            )  # fmt: skip
+        for name, default in (COMMON | flags).items():
+            kind = type(default[0]) if isinstance(default, list) else str if default is None else type(default)
+            options = {"nargs": "+"} if isinstance(default, list) else {"required": default is None}
+            p.add_argument(f"--{name}", type=kind, default=default, help=HELP.get(name, name), **options)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.run(args)
