@@ -39,19 +39,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from edit_distance import edit_labels_batch, edit_scripts
-from ragged import (
-    CHUNK_FLOATS,
-    DEL,
-    GAP,
-    KEEP,
-    SUB,
-    Generated,
-    Ragged,
-    apply_edits,
-    stratified,
-    uniform_noise,
-    weighted_nll,
-)
+from ragged import CHUNK, DEL, GAP, KEEP, SUB, Generated, Ragged, apply_edits, stratified, uniform_noise, weighted_nll
 
 MIN_T = 0.05  # floor of the masked fraction: losses are weighted by 1/t, so a single t near 0 would drown a whole batch
 IGNORE = -100  # label of a row that is not supervised
@@ -187,7 +175,7 @@ def best_tokens(hidden: Tensor, head: nn.Linear, row: Tensor, never: list[int], 
     Confidence: log p(token), or against a rival token [N] the log-odds log p(token) - log p(rival).
     Rows go through the head in chunks, so that [N, V] floats never exist.
     """
-    never, size = torch.tensor(never, device=row.device), max(1, CHUNK_FLOATS // head.out_features)
+    never, size = torch.tensor(never, device=row.device), max(1, CHUNK // head.out_features)
     tokens, confidences = [], []
     for i, rows in enumerate(row.split(size)):
         logits = head(hidden[rows]).float()

@@ -145,7 +145,7 @@ def _mix(z: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------- cross-entropy
 
-CHUNK_FLOATS = 1 << 24  # logits held at a time: 64 MB in float32
+CHUNK = 1 << 24  # logits held at a time, in floats: 64 MB
 
 
 def weighted_nll(hidden: Tensor, head: nn.Linear, row: Tensor, token: Tensor, weight: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class _WeightedNLL(torch.autograd.Function):
             d_bias = torch.zeros_like(bias)
         order = row.argsort()
         row, token, weight = row[order], token[order], weight[order]
-        step = max(1, CHUNK_FLOATS // V)
+        step = max(1, CHUNK // V)
         fences = torch.searchsorted(row, torch.arange(0, N + step, step, device=row.device)).tolist()
         for i, start in enumerate(range(0, N, step)):
             rows, edits = slice(start, start + step), slice(fences[i], fences[i + 1])

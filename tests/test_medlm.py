@@ -288,7 +288,7 @@ def test_highest_is_the_top_of_each_sequence(pairs, count):
 
 @pytest.mark.parametrize("chunk", [V, 3 * V, 1 << 24])
 def test_best_tokens_equal_a_full_softmax(monkeypatch, chunk):
-    monkeypatch.setattr(medlm, "CHUNK_FLOATS", chunk)
+    monkeypatch.setattr(medlm, "CHUNK", chunk)
     hidden, head, row = torch.randn(9, 16, generator=seeded(1)), Tiny().lm_head, torch.tensor([8, 0, 3, 3, 5, 1, 2])
     with torch.no_grad():
         full = head(hidden)[row]
