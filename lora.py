@@ -58,11 +58,17 @@ def merge(model: nn.Module) -> nn.Module:
     for name, adapted in adapted_layers(model).items():
         if isinstance(adapted.base, Linear4bit):
             raise ValueError("4-bit weights cannot take the additions in; merge into the original checkpoint instead")
-        W = adapted.base.weight
-        W += (adapted.scale * adapted.lora_B.weight @ adapted.lora_A.weight).to(W.dtype)
+        adapted.base.weight.copy_(
+            merged(adapted.base.weight, adapted.lora_B.weight, adapted.lora_A.weight, adapted.scale)
+        )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, adapted.base)
     return model.requires_grad_(True)
+
+
+def merged(W: Tensor, B: Tensor, A: Tensor, scale: float) -> Tensor:
+    """W + scale * B A, computed in float32 and rounded once."""
+    return (W.float() + scale * B.float() @ A.float()).to(W.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- 4 bits

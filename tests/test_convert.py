@@ -653,7 +653,7 @@ BAD = {
     "activation": (config(hidden_act="relu"), "config.json: hidden_act 'relu'"),
     "rope": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2}), "'yarn' is not supported"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json: missing"),
-    "config no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json: not valid JSON"),
+    "config no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
     "config without size": (config(hidden_size=...), "field 'hidden_size'"),
     "truncated": (lambda d: truncate(d / "model.safetensors"), "model.safetensors: truncated or corrupt"),
     "corrupt": (
@@ -677,7 +677,7 @@ BAD = {
     "quantised": (tensor("lm_head.weight", lambda t: t.to(torch.int8)), "'lm_head.weight' is none of .*quantised"),
     "fewer layers in config": (config(num_hidden_layers=2), "describes another model.*'model.layers.2"),
     "more layers in config": (config(num_hidden_layers=4), "'model.layers.3.* is missing"),
-    "vocabulary of config": (config(vocab_size=50), r"has shape \[48, 32\], config.json asks for \[50, 32\]"),
+    "vocabulary of config": (config(vocab_size=50), r"has shape \[48, 32\], its config asks for \[50, 32\]"),
     "surplus bias": (
         tensor("model.layers.1.self_attn.q_proj.bias", lambda t: torch.ones(32)),
         "another model.*q_proj.bias",
@@ -775,6 +775,6 @@ def test_bad_flags(tmp_path, good, flags, capsys):
 
 def test_output_that_is_a_file(tmp_path, good):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(OSError, match="is a file"):
+    with pytest.raises(OSError, match="File exists"):
         run(good, tmp_path / "out", "editflow", "--overwrite")
     assert (tmp_path / "out").read_text() == "mine"
