@@ -118,7 +118,7 @@ def load_bin(file: Path) -> dict[str, Lazy]:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         return {name: Lazy(name, file, t.to("meta"), t.clone) for name, t in state.items() if isinstance(t, Tensor)}
     except Exception as e:  # whatever a broken or hostile pickle leads to
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        reason = str(e).partition("\n")[0]
         raise ValueError(f"{file}: truncated, corrupt, or not a PyTorch file of tensors alone ({reason})") from None
 
 
@@ -159,7 +159,7 @@ def spellings(name: str, kind: str) -> list[str]:
     if name.startswith("lm_head."):
         names += [name.replace("lm_head", module) for module in OUTPUT.get(kind, [])]
     if kind == "llada":
-        names.append(checkpoints.rename(name, checkpoints.LLADA_NAMES))
+        names.append(checkpoints.disk_name("llada original", name))
     if kind == "bert":  # as in the first BERT checkpoints
         old = [("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")]
         names += [n.replace(new, their) for n in names for new, their in old if n.endswith(new)]
@@ -204,9 +204,8 @@ def from_vocabulary(directory: Path, kind: str) -> tokenizers.Tokenizer:
     except Exception as e:  # the library raises nothing more special
         raise ValueError(f"{' or '.join(map(str, found))}: not readable ({e})") from None
     if not is_word_piece and kind != "roberta":  # Qwen2 cuts texts otherwise
-        contraction, word = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+"
-        marks, space = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"
-        pieces = Regex("|".join([contraction, word, r"\p{N}", marks, space]))
+        words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        pieces = Regex(words + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
         as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.normalizer = normalizers.NFC()
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), as_bytes])
@@ -252,6 +251,9 @@ def use_reserved_ids(tokenizer: Tokenizer, names: list[str]) -> dict[str, int]:
 
 
 # ---------------------------------------------------------------------------------------------------- plan
+
+
+IN_A_BLOCK = re.compile(r"(^|\.)(layers|layer|blocks)\.\d+\.")
 
 
 def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: int, seed: int):
@@ -302,7 +304,11 @@ def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: 
     if to not in methods.METHODS:
         plan = hf_plan(plan, find(f"{output}.weight"), find(embedding), config)
     left_over = [name for name in have if name not in used]
-    refuse_strangers(left_over)
+    # outside the blocks: a pooler or another head; inside, where no old buffer of angles is: of another model
+    strangers = [name for name in left_over if IN_A_BLOCK.search(name) and not name.endswith("rotary_emb.inv_freq")]
+    if strangers:
+        found = f"{len(strangers)} tensors in the blocks that it does not ask for, such as {strangers[0]!r}"
+        raise ValueError(f"config.json describes another model: there are {found}")
     return plan, left_over
 
 
@@ -344,15 +350,6 @@ def new_tensors(model: nn.Module, heads: tuple[str, ...], seed: int) -> dict[str
     return fresh | {name: torch.zeros(state[name].shape) for name in biases}
 
 
-def refuse_strangers(left_over: list[str]) -> None:
-    """What is left over outside the blocks is a pooler or another head; inside, the config tells of another model."""
-    block = re.compile(r"(^|\.)(layers|layer|blocks)\.\d+\.")
-    strangers = [name for name in left_over if block.search(name) and not name.endswith("rotary_emb.inv_freq")]
-    if strangers:
-        count = f"{len(strangers)} tensors in the blocks"
-        raise ValueError(f"config.json describes another model: it asks for none of {count}, such as {strangers[0]!r}")
-
-
 def grow(make: Callable[[], Tensor], new_ids: list[int], rows: int) -> Tensor:
     """[V] or [V, D] with `rows` rows; those of new tokens are the mean of the old ones."""
     old = make()
@@ -367,7 +364,7 @@ def grow(make: Callable[[], Tensor], new_ids: list[int], rows: int) -> Tensor:
 def hf_plan(plan: list[Lazy], matrix: Lazy, embedding: Lazy, config) -> list[Lazy]:
     """The plan under Hugging Face's names. An output matrix still equal to the embedding it was tied to is left out."""
     may_be_tied = config.tie_word_embeddings and matrix.meta.shape == embedding.meta.shape
-    is_tied = matrix is embedding or (may_be_tied and torch.equal(matrix.make(), embedding.make()))
+    is_tied = matrix is embedding or (may_be_tied and torch.equal(matrix.read(), embedding.read()))
     modules = OUTPUT.get(config.model_type, ["lm_head"])
     names = {
         "lm_head.weight": [] if is_tied else [f"{modules[0]}.weight"],
@@ -391,21 +388,20 @@ def write_tensors(directory: Path, plan: list[Lazy], split) -> None:
 
 def target_config(config: models.Config, to: str, rows: int, plan: list[Lazy]) -> dict:
     """config.json of the target. config: the source's, with the target's own settings."""
-    kind, foreign = config.model_type, {"architectures", "auto_map", "torch_dtype"}
+    kind, dropped = config.model_type, {"architectures", "auto_map", "torch_dtype"}
     new = checkpoints.config_as_json(config)
     new |= {"model_type": kind, "vocab_size": rows, "dtype": str(plan[0].meta.dtype).removeprefix("torch.")}
     if to not in methods.METHODS:
-        foreign.add("nanoedit")
+        dropped.add("nanoedit")
         if kind not in ENCODER_TOKENS:
             new["is_causal"] = False
         output = OUTPUT.get(kind, ["lm_head"])[0]
         new["tie_word_embeddings"] = f"{output}.weight" not in {tensor.name for tensor in plan}
-    new = {field: value for field, value in new.items() if field not in foreign}
     if to == "hf":
-        ours = {"qk_norm", "attention_out_bias", "vocab_bias"}
-        new = {field: value for field, value in new.items() if field not in ours and value is not None}
-        new |= {"model_type": HF_TYPE.get(kind, kind), "architectures": [HF_CLASS[HF_TYPE.get(kind, kind)]]}
-    return new
+        dropped |= {"qk_norm", "attention_out_bias", "vocab_bias", *(name for name in new if new[name] is None)}
+        new["model_type"] = HF_TYPE.get(kind, kind)
+    new = {name: value for name, value in new.items() if name not in dropped}
+    return new | ({"architectures": [HF_CLASS[new["model_type"]]]} if to == "hf" else {})
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -71,16 +71,15 @@ def write_json(file: Path, value) -> None:
 def sync(path: Path) -> None:
     """Wait until a file or folder is on the disk, so that a rename never outlives what it names."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def remove(path: Path) -> None:
     """Deletes a file or folder, if it is there. Half a folder never stands under its name."""
-    doomed = path.with_name(f".deleting-{path.name}")
     if path.is_dir():
+        doomed = path.with_name(f".deleting-{path.name}")
+        shutil.rmtree(doomed, ignore_errors=True)  # of a process that was killed
         os.replace(path, doomed)
         shutil.rmtree(doomed)
     path.unlink(missing_ok=True)
@@ -117,7 +116,7 @@ def local_path(path_or_hub_id: str, patterns=CHECKPOINT_FILES, revision: str | N
     try:
         return Path(snapshot_download(path_or_hub_id, allow_patterns=list(patterns), revision=revision))
     except Exception as e:  # the hub client raises a dozen unrelated classes
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        reason = str(e).partition("\n")[0] or type(e).__name__
         raise OSError(f"{path_or_hub_id}: no such directory, and the hub did not deliver it ({reason})") from e
 
 
@@ -152,26 +151,22 @@ class Lazy:
 def tensors_of(file: Path) -> dict[str, Lazy]:
     """The tensors of a safetensors file by name. Raises ValueError for one that is truncated or corrupt."""
     found = {}
-    with open_tensors(file) as f:
-        for name in f.keys():  # noqa: SIM118
-            stored = f.get_slice(name)
-            dtype = FLOATS.get(stored.get_dtype(), torch.uint8)  # for all that is no float: `check` refuses it
-            meta = torch.empty(stored.get_shape(), dtype=dtype, device="meta")
-            found[name] = Lazy(name, file, meta, partial(read_tensor, file, name))
+    try:
+        with safe_open(file, "pt") as f:
+            for name in f.keys():  # noqa: SIM118
+                stored = f.get_slice(name)
+                dtype = FLOATS.get(stored.get_dtype(), torch.uint8)  # for all that is no float: `check` refuses it
+                meta = torch.empty(stored.get_shape(), dtype=dtype, device="meta")
+                found[name] = Lazy(name, file, meta, partial(read_tensor, file, name))
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file}: truncated or corrupt safetensors file ({e})") from None
     return found
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
-    """In the memory map of the file, which lasts as long as the tensor."""
-    with open_tensors(file) as f:
+    """In a memory map of the file, which lasts as long as the tensor."""
+    with safe_open(file, "pt") as f:
         return f.get_tensor(name)
-
-
-def open_tensors(file: Path):
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{file}: truncated or corrupt safetensors file ({e})") from None
 
 
 SAFETENSORS = {"model.safetensors": tensors_of}
@@ -221,7 +216,6 @@ DISK_NAMES = {
         (".mlp.down_proj.", ".ff_out."),
     ],
 }  # fmt: skip
-LLADA_NAMES = DISK_NAMES["llada original"]
 
 
 def naming(config: models.Config) -> str:
@@ -231,14 +225,9 @@ def naming(config: models.Config) -> str:
 
 def disk_name(kind: str, name: str) -> str:
     """Our parameter name -> its name in a checkpoint."""
-    return rename(name, DISK_NAMES.get(kind, []))
-
-
-def rename(name: str, pairs) -> str:
-    """Replaces beginnings of a name, and inner parts (they start with a dot): pairs of (old, new)."""
-    for old, new in pairs:
-        if name.startswith(old) or (old.startswith(".") and old in name):
-            name = name.replace(old, new, 1)
+    for ours, theirs in DISK_NAMES.get(kind, []):
+        if name.startswith(ours) or (ours.startswith(".") and ours in name):
+            name = name.replace(ours, theirs, 1)
     return name
 
 
@@ -299,10 +288,9 @@ def complete_config(raw: dict) -> models.Config:
     values = {"nanoedit": {}} | defaults | {name: raw[name] for name in names & raw.keys()}
     values |= {"model_type": kind, "other": other}
     for field in fields(family):
-        is_given = field.name in values or field.default is MISSING
-        if is_given and values.get(field.name) != field.default:
-            type_or_none = get_args(field.type) or (field.type,)
-            check_field(field.name, values.get(field.name), type_or_none[0])
+        value = values.get(field.name)
+        if value != field.default and (field.name in values or field.default is MISSING):
+            check_field(field.name, value, (get_args(field.type) or [field.type])[0])  # of `int | None`: int
     for name in {"method", "schedule", "x0_sampler"} & values["nanoedit"].keys():
         check_field(f"nanoedit.{name}", values["nanoedit"][name], str)
     if "method" in values["nanoedit"]:
@@ -312,7 +300,6 @@ def complete_config(raw: dict) -> models.Config:
     if kind in ("llama", "qwen3"):  # their one switch is for all four projections
         values["attention_out_bias"] = values.get("attention_bias", False)
     config = family(**values)
-    config.nanoedit = dict(config.nanoedit)
     if is_decoder:
         check_decoder(config)
     return config
@@ -334,18 +321,14 @@ def check_decoder(c: models.DecoderConfig) -> None:
 
 
 def other_spellings(raw: dict) -> dict:
-    """Fields that transformers writes otherwise than before: the `rope_parameters` of version 5 hold theta and scaling,
-    for ModernBERT twice."""
-    rope, found = raw.get("rope_parameters") or {}, {}
+    """Fields under the names of `models.Config` that some versions of transformers write otherwise."""
+    rope = raw.get("rope_parameters") or {}
     check_field("rope_parameters", rope, dict)
-    if "rope_theta" in rope:
-        found |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope}
+    found = {"rope_theta": rope["rope_theta"], "rope_scaling": rope} if "rope_theta" in rope else {}
     for name, part in (("global_rope_theta", "full_attention"), ("local_rope_theta", "sliding_attention")):
         if part in rope:
             found[name] = rope[part].get("rope_theta")
-    if "decoder_bias" in raw:
-        found["vocab_bias"] = raw["decoder_bias"]
-    return found
+    return found | ({"vocab_bias": raw["decoder_bias"]} if "decoder_bias" in raw else {})
 
 
 def llada_config(raw: dict) -> dict:
@@ -423,9 +406,8 @@ def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None
     with torch.device("meta"):
         model = build(config)
     names = {name: disk_name(naming(config), name) for name in model.state_dict()}
-    state = read_state(model, names, have, directory)
-    state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state}
-    model.load_state_dict(state, assign=True)
+    read = read_state(model, names, have, directory)
+    model.load_state_dict({name: tensor.to(device, dtype, copy=True) for name, tensor in read}, assign=True)
     return model.requires_grad_(True)
 
 
@@ -484,9 +466,9 @@ ADAPTER_FIELDS = {  # of adapter_config.json, those read again
 def adapted_names(model: nn.Module) -> dict[str, str]:
     """Names of the tensors that are saved with adapters -> their names on disk: the adapters themselves, under PEFT's
     names, and everything outside the backbone."""
-    kind, names = naming(model.config), [name for name in model.state_dict() if ".lora_" in name]
-    heads = {name: name for name in model.state_dict() if not name.startswith("model.")}
-    return heads | {name: PREFIX + disk_name(kind, name) for name in names}
+    kind, names = naming(model.config), model.state_dict().keys()
+    adapters = {name: PREFIX + disk_name(kind, name) for name in names if ".lora_" in name}
+    return {name: name for name in names if not name.startswith("model.")} | adapters
 
 
 def save_adapters(model: nn.Module, directory: str, base: str, state: dict | None = None) -> None:
@@ -612,7 +594,7 @@ def save_run(out: Path, name: str, model: parallel.ParallelModel, tokenizer, opt
                 else:
                     save(model.plain, partial, weights)
                 tokenizer.save(partial)
-                save_file(moments, partial / "optimizer.safetensors")
+                write_tensors(partial / "optimizer.safetensors", moments)
                 write_json(partial / STATE, state | {"args": vars(args)})
         except (OSError, SafetensorError) as e:
             hint = f"{resume_hint(args)} goes on from the last checkpoint"
@@ -625,8 +607,8 @@ def save_run(out: Path, name: str, model: parallel.ParallelModel, tokenizer, opt
 
 def restore(model: nn.Module, optimizer, checkpoint: Path) -> None:
     """The optimizer as it was when the checkpoint of a run was written."""
-    with open_tensors(checkpoint / "optimizer.safetensors") as f:
-        parallel.restore_moments(model, optimizer, {name: f.get_tensor(name).clone() for name in f.keys()})  # noqa: SIM118
+    stored = tensors_of(checkpoint / "optimizer.safetensors")
+    parallel.restore_moments(model, optimizer, {name: moment.read().clone() for name, moment in stored.items()})
 
 
 def resume_hint(args) -> str:
