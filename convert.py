@@ -36,7 +36,6 @@ from pathlib import Path
 import tokenizers
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from tokenizers import AddedToken, BertWordPieceTokenizer, ByteLevelBPETokenizer, Regex, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -61,7 +60,6 @@ Answer:
 _BRACKETS = {"bos": "[CLS]", "eos": "[SEP]", "mask": "[MASK]", "pad": "[PAD]", "unk": "[UNK]"}
 _BRACKETS |= {"cls": "[CLS]", "sep": "[SEP]"}
 _ANGLES = {"bos": "<s>", "eos": "</s>", "mask": "<mask>", "pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>"}
-VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt")  # of tokenizers that were published without a tokenizer.json
 # the roles that a tokenizer of this family plays even where its config does not say so
 ENCODER_TOKENS = {"bert": _BRACKETS, "modernbert": _BRACKETS, "roberta": _ANGLES}
 
@@ -182,33 +180,33 @@ def open_tokenizer(directory: Path, kind: str) -> Tokenizer:
     return tokenizer
 
 
-def from_vocabulary(directory: Path, kind: str) -> tokenizers.Tokenizer:
-    """vocab.txt (WordPiece, BERT) or vocab.json + merges.txt (byte-level BPE: RoBERTa, Qwen2, Dream)."""
-    found = [file for file in (directory / name for name in VOCABULARIES) if file.is_file()]
-    is_word_piece = found[:1] == [directory / "vocab.txt"]
-    if not is_word_piece and len(found) < 2:
-        tried = ", ".join(["tokenizer.json", "tokenizer.model", *VOCABULARIES])
-        raise OSError(f"no tokenizer in {directory}: looked for {tried}")
+def from_vocabulary(directory: Path, kind: str) -> tokenizers.Tokenizer | None:
+    """vocab.txt (WordPiece, BERT) or vocab.json + merges.txt (byte-level BPE: RoBERTa, Qwen2, Dream), if there."""
+    words, vocab, merges = (directory / name for name in ("vocab.txt", "vocab.json", "merges.txt"))
     options = read_json(directory / "tokenizer_config.json")
     try:
-        if is_word_piece:
+        if words.is_file():
             backend = BertWordPieceTokenizer.from_file(
-                str(found[0]),
+                str(words),
                 lowercase=bool(options.get("do_lower_case", True)),
                 strip_accents=options.get("strip_accents") and True,
                 handle_chinese_chars=bool(options.get("tokenize_chinese_chars", True)),
             )
+        elif vocab.is_file() and merges.is_file():
+            backend = ByteLevelBPETokenizer.from_file(str(vocab), str(merges))
         else:
-            backend = ByteLevelBPETokenizer.from_file(*map(str, found))
-        backend = tokenizers.Tokenizer.from_str(backend.to_str())
+            return None
     except Exception as e:  # the library raises nothing more special
-        raise ValueError(f"{' or '.join(map(str, found))}: not readable ({e})") from None
-    if not is_word_piece and kind != "roberta":  # Qwen2 cuts texts otherwise
-        words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-        pieces = Regex(words + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+        files = words if words.is_file() else f"{vocab} or {merges}"
+        raise ValueError(f"{files}: not readable ({e})") from None
+    backend = tokenizers.Tokenizer.from_str(backend.to_str())
+    if not words.is_file() and kind != "roberta":  # Qwen2 cuts texts otherwise
+        pieces = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        pieces += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        split = pre_tokenizers.Split(Regex(pieces), "isolated")
         as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.normalizer = normalizers.NFC()
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), as_bytes])
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
     return backend
 
 
@@ -379,8 +377,9 @@ def hf_plan(plan: list[Lazy], matrix: Lazy, embedding: Lazy, config) -> list[Laz
 def write_tensors(directory: Path, plan: list[Lazy], split) -> None:
     """The files of a StateDictSplit. The tensors of one file at a time are in memory."""
     planned = {tensor.name: tensor for tensor in plan}
+    directory.mkdir(parents=True)
     for file, names in tqdm(split.filename_to_tensors.items(), unit="file", desc="writing", leave=False):
-        save_file({name: planned[name].read() for name in names}, directory / file, metadata={"format": "pt"})
+        checkpoints.write_tensors(directory / file, {name: planned[name].read() for name in names})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         checkpoints.write_json(directory / "model.safetensors.index.json", index)
@@ -458,8 +457,8 @@ def convert(args) -> None:
 
     target = output.with_name(f".converted-{output.name}") if output.exists() else output
     with checkpoints.whole(target) as writing:
-        tokenizer.save(writing)
         write_tensors(writing, plan, split)
+        tokenizer.save(writing)
         checkpoints.write_json(writing / "config.json", target_config(config, args.to, rows, plan))
     if target != output:
         publish(target, output)

@@ -137,7 +137,7 @@ class Lazy:
     how: str = "copied"
 
     def read(self) -> Tensor:
-        return self.make().to(self.meta.dtype).contiguous()
+        return self.make().to(self.meta.dtype)
 
     def check(self, *shape: int) -> None:
         """Raises ValueError where it has another shape, or holds no floating-point numbers."""
@@ -395,13 +395,11 @@ def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None
     config, have = read_config(directory), find_tensors(directory)
     found = config.nanoedit.get("method") or methods.recognise(have)
     if found is None:
-        raise ValueError(
-            f"{directory}: no heads of a method in this checkpoint; add them with "
-            f"`convert.py --to {method or ' or '.join(methods.METHODS)} --model_name_or_path {path} --output_dir OUT`"
-        )
+        command = f"convert.py --to {method or ' or '.join(methods.METHODS)} -i {path} -o OUT"
+        raise ValueError(f"{directory}: no heads of a method in this checkpoint; add them with `{command}`")
     if method and found != method:
         hint = "convert.py makes one from the other"
-        raise ValueError(f"{directory}: this is a checkpoint of method {found!r}, but {method!r} is asked for; {hint}")
+        raise ValueError(f"{directory}: a checkpoint of method {found!r}, but {method!r} is asked for; {hint}")
     config.nanoedit["method"] = found
     with torch.device("meta"):
         model = build(config)
