@@ -40,7 +40,6 @@ from tokenizers import AddedToken, BertWordPieceTokenizer, ByteLevelBPETokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import lora
 import models
 from plumbing import checkpoints, cli, methods
 from plumbing.checkpoints import CHECKPOINT_FILES, SAFETENSORS, Lazy
@@ -121,33 +120,6 @@ def load_bin(file: Path) -> dict[str, Lazy]:
 
 
 FORMATS = SAFETENSORS | {"pytorch_model.bin": load_bin}
-
-
-def find_tensors(directory: Path, merge: bool) -> dict[str, Lazy]:
-    """The source's tensors by their names on disk. merge: into those of a base model, the adapters of `directory`."""
-    is_adapted = (directory / "adapter_config.json").is_file()
-    if is_adapted != merge:
-        holds = "LoRA adapters, not a whole model: pass" if is_adapted else "no adapters (adapter_config.json) for"
-        raise ValueError(f"{directory} holds {holds} --merge_lora")
-    if not merge:
-        return checkpoints.find_tensors(directory, FORMATS)
-    settings, base, adapters = checkpoints.read_adapters(directory, fetch)
-    rank, scale = settings["r"], settings["lora_alpha"] / settings["r"]
-    have = checkpoints.find_tensors(base, FORMATS)
-    for name in [name for name in adapters if name.endswith(".lora_A.weight")]:
-        A, B = adapters.pop(name), adapters.pop(name.replace(".lora_A.", ".lora_B."), None)
-        target = name.removeprefix(checkpoints.PREFIX).replace(".lora_A", "")
-        if not B or target not in have:
-            raise ValueError(f"{A.file}: {name} has no partner or no matrix {target!r} to be added to")
-        W = have[target]
-        A.check(rank, W.meta.shape[1])
-        B.check(W.meta.shape[0], rank)
-        have[target] = replace(W, make=partial(add_product, W, B, A, scale))
-    return have | adapters  # what is left of these: heads
-
-
-def add_product(W: Lazy, B: Lazy, A: Lazy, scale: float) -> Tensor:
-    return lora.merged(W.read(), B.read(), A.read(), scale)
 
 
 def spellings(name: str, kind: str) -> list[str]:
@@ -235,16 +207,12 @@ def prepare_tokenizer(tokenizer: Tokenizer, kind: str, needed: tuple) -> tuple[d
 
 def use_reserved_ids(tokenizer: Tokenizer, names: list[str]) -> dict[str, int]:
     """Renames reserved tokens (`<|reserved_token_0|>`, ...) in the order of their ids: the embedding need not grow."""
-    spec = json.loads(tokenizer.backend.to_str())
-    free = [token for token in spec["added_tokens"] if re.fullmatch(r"<\|reserved_\w*\d+\|>", token["content"])]
-    taken = {}
+    spec, known, taken = tokenizer.backend.to_str(), tokenizer.backend.get_added_tokens_decoder(), {}
+    free = [i for i in sorted(known) if re.fullmatch(r"<\|reserved_\w*\d+\|>", known[i].content)]
     missing = [name for name in names if tokenizer.backend.token_to_id(name) is None]
-    for name, token in zip(missing, sorted(free, key=lambda token: token["id"])):
-        vocab = spec["model"]["vocab"]
-        if token["content"] in vocab:
-            vocab[name] = vocab.pop(token["content"])
-        token["content"], taken[name] = name, token["id"]
-    tokenizer.backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    for name, i in zip(missing, free):
+        spec, taken[name] = spec.replace(json.dumps(known[i].content), json.dumps(name)), i
+    tokenizer.backend = tokenizers.Tokenizer.from_str(spec)
     return taken
 
 
@@ -430,13 +398,17 @@ def convert(args) -> None:
     output = Path(os.path.abspath(args.output_dir))
     check_output(output, args.overwrite)
     directory = fetch(args.model_name_or_path, args.revision)
+    is_adapted = (directory / "adapter_config.json").is_file()
+    if is_adapted != args.merge_lora:
+        holds = "LoRA adapters, not a whole model: pass" if is_adapted else "no adapters (adapter_config.json) for"
+        raise ValueError(f"{directory} holds {holds} --merge_lora")
     config = checkpoints.read_config(directory)
     if "d_model" in config.other:  # LLaDA's own names of the fields; what is written has Llama's
         config.other = {field: value for field, value in config.other.items() if field.endswith("_token_id")}
     method = methods.METHODS.get(args.to)
     if method:
         config.nanoedit = {"method": args.to} | method.remember(args, config.nanoedit)
-    have = find_tensors(directory, args.merge_lora)
+    have = checkpoints.find_tensors(directory, FORMATS, fetch)
 
     tokenizer, rows = open_tokenizer(directory, config.model_type), config.vocab_size
     if tokenizer.vocab_size > rows:

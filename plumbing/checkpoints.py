@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -172,11 +172,15 @@ def read_tensor(file: Path, name: str) -> Tensor:
 SAFETENSORS = {"model.safetensors": tensors_of}
 
 
-def find_tensors(directory: Path, formats: dict[str, Callable] = SAFETENSORS) -> dict[str, Lazy]:
-    """The tensors of a checkpoint by their names on disk. Raises OSError for missing, ValueError for broken files.
+def find_tensors(directory: Path, formats: dict[str, Callable] = SAFETENSORS, find=local_path) -> dict[str, Lazy]:
+    """The tensors of a checkpoint by their names on disk; of a directory with LoRA adapters, those of its base model
+    with the adapters merged into them. Raises OSError for missing, ValueError for broken files.
 
-    formats: name of a file, or of its shards' index without ".index.json" -> function that reads such files.
+    formats: name of a file, or of its shards' index without ".index.json" -> function that reads such files. find: name
+    of the base model -> its directory.
     """
+    if (directory / "adapter_config.json").is_file():
+        return merge_adapters(directory, formats, find)
     for name, read in formats.items():
         single, index = directory / name, directory / f"{name}.index.json"
         files = indexed_files(index) if index.is_file() else [single] * single.is_file()
@@ -390,8 +394,6 @@ def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None
     method: when given, a checkpoint of another method is refused. Raises OSError / ValueError naming the file.
     """
     directory = local_path(path)
-    if (directory / "adapter_config.json").is_file():
-        return lora.merge(load_adapters(directory, device, dtype, method))
     config, have = read_config(directory), find_tensors(directory)
     found = config.nanoedit.get("method") or methods.recognise(have)
     if found is None:
@@ -418,7 +420,7 @@ def read_state(model: nn.Module, names: dict[str, str], have: dict[str, Lazy], d
             hint = f"`convert.py --to {model.config.nanoedit['method']}` adds missing heads"
             raise ValueError(f"{directory}: tensor {name_on_disk!r} is missing; {hint}")
         have[name_on_disk].check(*state[name].shape)
-        yield name, have[name_on_disk].read()
+        yield name, have[name_on_disk].make()
 
 
 def check_rows(model: nn.Module, tokenizer, directory) -> None:
@@ -492,7 +494,7 @@ def save_adapters(model: nn.Module, directory: str, base: str, state: dict | Non
     write_json(directory / "config.json", config_as_json(model.config))
 
 
-def read_adapters(directory: Path, find=local_path) -> tuple[dict, Path, dict[str, Lazy]]:
+def read_adapters(directory: Path, find: Callable) -> tuple[dict, Path, dict[str, Lazy]]:
     """(adapter_config.json, the directory of the base model, adapters and heads by their names on disk).
 
     find: base_model_name_or_path -> directory. Raises OSError / ValueError naming the file.
@@ -511,10 +513,30 @@ def read_adapters(directory: Path, find=local_path) -> tuple[dict, Path, dict[st
     return settings, base, have
 
 
+def merge_adapters(directory: Path, formats: dict[str, Callable], find: Callable) -> dict[str, Lazy]:
+    """See find_tensors. The sums are float32 and rounded once, to what is asked for."""
+    settings, base, adapters = read_adapters(directory, find)
+    rank, scale = settings["r"], settings["lora_alpha"] / settings["r"]
+    have = find_tensors(base, formats)
+    for name in [name for name in adapters if name.endswith(".lora_A.weight")]:
+        A, B = adapters.pop(name), adapters.pop(name.replace(".lora_A.", ".lora_B."), None)
+        W = have.get(name.removeprefix(PREFIX).replace(".lora_A", ""))
+        if not W or not B:
+            raise ValueError(f"{A.file}: {name!r} has no partner in it, or nothing to be added to in {base}")
+        A.check(rank, W.meta.shape[1])
+        B.check(W.meta.shape[0], rank)
+        have[W.name] = replace(W, make=partial(add_product, W, B, A, scale))
+    return have | adapters  # what is left of these: heads
+
+
+def add_product(W: Lazy, B: Lazy, A: Lazy, scale: float) -> Tensor:
+    return lora.merged(W.make(), B.make(), A.make(), scale)
+
+
 def load_adapters(directory: str, device="cpu", dtype=torch.float32, method=None, four_bit=False) -> nn.Module:
     """The base model of a directory that `save_adapters` wrote, with its adapters, unmerged."""
     directory = Path(directory)
-    settings, base, have = read_adapters(directory)
+    settings, base, have = read_adapters(directory, local_path)
     model = load(base, device, dtype, method)
     model.config = read_config(directory)
     lora.add(model, settings["r"], settings["lora_alpha"], settings["lora_dropout"], four_bit)
