@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import models
 from plumbing import checkpoints, cli, methods
-from plumbing.checkpoints import CHECKPOINT_FILES, SAFETENSORS, Lazy
+from plumbing.checkpoints import CHECKPOINT_FILES, SAFETENSORS, Lazy, disk_name
 from plumbing.tokenizer import CHAT_TEMPLATE, DEL_TOKEN, SPECIAL_TOKENS, Tokenizer, load_tokenizer, read_json
 
 SHARD_BYTES = 2 * 10**9  # a file of the target; a larger tensor has a file for itself
@@ -124,12 +124,12 @@ FORMATS = SAFETENSORS | {"pytorch_model.bin": load_bin}
 
 def spellings(name: str, kind: str) -> list[str]:
     """The names that a file may have for what we call `name`, with the name in our own files first."""
-    ours, base = checkpoints.disk_name(kind, name), checkpoints.disk_name(kind, "model.")
+    ours, base = disk_name(kind, name), disk_name(kind, "model.")
     names = [ours, ours.removeprefix(base)]  # the second: of a backbone saved alone
     if name.startswith("lm_head."):
         names += [name.replace("lm_head", module) for module in OUTPUT.get(kind, [])]
     if kind == "llada":
-        names.append(checkpoints.disk_name("llada original", name))
+        names.append(disk_name("llada original", name))
     if kind == "bert":  # as in the first BERT checkpoints
         old = [("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")]
         names += [n.replace(new, their) for n in names for new, their in old if n.endswith(new)]
@@ -182,7 +182,7 @@ def from_vocabulary(directory: Path, kind: str) -> tokenizers.Tokenizer | None:
     return backend
 
 
-def prepare_tokenizer(tokenizer: Tokenizer, kind: str, needed: tuple) -> tuple[dict[str, int], dict[str, int]]:
+def prepare_tokenizer(tokenizer: Tokenizer, kind: str, needed: tuple) -> tuple[dict, dict]:
     """Gives the tokenizer, in place, what editing needs: ({token: id} added, {token: id} put on reserved ids).
 
     needed: the roles of special tokens (TOKENS) that the method cannot do without.
@@ -245,7 +245,7 @@ def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: 
     outputs = [*(method.HEADS[0] for method in methods.METHODS.values()), "lm_head"]
     output = next((module for module in outputs if find(f"{module}.weight")), embedding.removesuffix(".weight"))
     if output not in outputs and not may_be_tied:
-        raise ValueError("tensor 'lm_head.weight' is missing, and config.json does not tie it to the embeddings")
+        raise ValueError("tensor 'lm_head.weight' is missing, and not tied to the embeddings")
 
     plan, used = [], set()
     for name in sorted(parameters, key=lambda name: name != embedding):  # the embedding has the dtype of what is new
@@ -263,15 +263,15 @@ def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: 
         elif name in fresh:
             meta, make, how = fresh[name].to("meta", plan[0].meta.dtype), fresh[name].clone, "new"
         else:
-            raise ValueError(f"tensor {spellings(name, kind)[0]!r} is missing, although config.json asks for it")
+            raise ValueError(f"tensor {spellings(name, kind)[0]!r} is missing, but config.json asks for it")
         if new_ids and (module in (*heads, "") or name == embedding):  # "": token frequencies
             meta, make = meta.new_empty(rows, *meta.shape[1:]), partial(grow, make, new_ids, rows)
-        plan.append(Lazy(checkpoints.disk_name(kind, name), None, meta, make, how))
+        plan.append(Lazy(disk_name(kind, name), None, meta, make, how))
     if to not in methods.METHODS:
         plan = hf_plan(plan, find(f"{output}.weight"), find(embedding), config)
     left_over = [name for name in have if name not in used]
     # outside the blocks: a pooler or another head; inside, where no old buffer of angles is: of another model
-    strangers = [name for name in left_over if IN_A_BLOCK.search(name) and not name.endswith("rotary_emb.inv_freq")]
+    strangers = [name for name in left_over if IN_A_BLOCK.search(name) and not name.endswith("inv_freq")]
     if strangers:
         found = f"{len(strangers)} tensors in the blocks that it does not ask for, such as {strangers[0]!r}"
         raise ValueError(f"config.json describes another model: there are {found}")
@@ -319,7 +319,7 @@ def new_tensors(model: nn.Module, heads: tuple[str, ...], seed: int) -> dict[str
 def grow(make: Callable[[], Tensor], new_ids: list[int], rows: int) -> Tensor:
     """[V] or [V, D] with `rows` rows; those of new tokens are the mean of the old ones."""
     old = make()
-    total = sum(part.sum(0, dtype=torch.float32) for part in old.split(4096))  # torch copies what it sums to float32
+    total = sum(part.sum(0, dtype=torch.float32) for part in old.split(4096))  # in parts: they are copied
     mean = (total / len(old)).to(old.dtype)
     new = mean.repeat(rows, *[1] * (old.dim() - 1))
     new[: len(old)] = old
@@ -376,7 +376,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise OSError(f"--output_dir {output}: not empty; choose another folder, or pass --overwrite")
     if (output / checkpoints.STATE).is_file():
-        raise OSError(f"--output_dir {output}: holds a checkpoint of a run, which would be lost; choose another folder")
+        raise OSError(f"--output_dir {output}: holds a checkpoint of a run; choose another folder")
     checkpoints.check_writable(output if output.exists() else output.parent, output)
 
 
@@ -400,7 +400,7 @@ def convert(args) -> None:
     directory = fetch(args.model_name_or_path, args.revision)
     is_adapted = (directory / "adapter_config.json").is_file()
     if is_adapted != args.merge_lora:
-        holds = "LoRA adapters, not a whole model: pass" if is_adapted else "no adapters (adapter_config.json) for"
+        holds = "adapters, not a whole model: pass" if is_adapted else "no adapters for"
         raise ValueError(f"{directory} holds {holds} --merge_lora")
     config = checkpoints.read_config(directory)
     if "d_model" in config.other:  # LLaDA's own names of the fields; what is written has Llama's

@@ -110,7 +110,7 @@ def local_path(path_or_hub_id: str, patterns=CHECKPOINT_FILES, revision: str | N
         runs = [] if (directory / "config.json").is_file() else checkpoints(directory)
         return runs[-1] if runs else directory
     if directory.is_absolute() or str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith("."):
-        raise OSError(f"{path_or_hub_id}: no such directory, and not of the form owner/name of a hub repository")
+        raise OSError(f"{path_or_hub_id}: no such directory, and not of the form owner/name")
     from huggingface_hub import snapshot_download
 
     try:
@@ -155,7 +155,7 @@ def tensors_of(file: Path) -> dict[str, Lazy]:
         with safe_open(file, "pt") as f:
             for name in f.keys():  # noqa: SIM118
                 stored = f.get_slice(name)
-                dtype = FLOATS.get(stored.get_dtype(), torch.uint8)  # for all that is no float: `check` refuses it
+                dtype = FLOATS.get(stored.get_dtype(), torch.uint8)  # no float: `check` refuses it
                 meta = torch.empty(stored.get_shape(), dtype=dtype, device="meta")
                 found[name] = Lazy(name, file, meta, partial(read_tensor, file, name))
     except (SafetensorError, OSError) as e:
@@ -172,12 +172,12 @@ def read_tensor(file: Path, name: str) -> Tensor:
 SAFETENSORS = {"model.safetensors": tensors_of}
 
 
-def find_tensors(directory: Path, formats: dict[str, Callable] = SAFETENSORS, find=local_path) -> dict[str, Lazy]:
+def find_tensors(directory: Path, formats=SAFETENSORS, find=local_path) -> dict[str, Lazy]:
     """The tensors of a checkpoint by their names on disk; of a directory with LoRA adapters, those of its base model
     with the adapters merged into them. Raises OSError for missing, ValueError for broken files.
 
-    formats: name of a file, or of its shards' index without ".index.json" -> function that reads such files. find: name
-    of the base model -> its directory.
+    formats: a dict, name of a file, or of its shards' index without ".index.json" -> function that reads such files.
+    find: name of the base model -> its directory.
     """
     if (directory / "adapter_config.json").is_file():
         return merge_adapters(directory, formats, find)
@@ -295,10 +295,11 @@ def complete_config(raw: dict) -> models.Config:
         value = values.get(field.name)
         if value != field.default and (field.name in values or field.default is MISSING):
             check_field(field.name, value, (get_args(field.type) or [field.type])[0])  # of `int | None`: int
-    for name in {"method", "schedule", "x0_sampler"} & values["nanoedit"].keys():
-        check_field(f"nanoedit.{name}", values["nanoedit"][name], str)
-    if "method" in values["nanoedit"]:
-        methods.get(values["nanoedit"]["method"])
+    stored = values["nanoedit"]
+    for name in {"method", "schedule", "x0_sampler"} & stored.keys():
+        check_field(f"nanoedit.{name}", stored[name], str)
+    if "method" in stored:
+        methods.get(stored["method"])
     if not values.get("head_dim"):
         check_multiple(values, "hidden_size", "num_attention_heads")
     if kind in ("llama", "qwen3"):  # their one switch is for all four projections
@@ -359,9 +360,9 @@ def config_as_json(config: models.Config) -> dict:
 
 def build(config: models.Config) -> nn.Module:
     """The model of a configuration: its backbone under the heads of its method."""
-    config.nanoedit = methods.complete(config.nanoedit)
+    stored = config.nanoedit = methods.complete(config.nanoedit)
     head_sizes = config.hidden_size, config.vocab_size, config.vocab_bias
-    model = methods.get(config.nanoedit["method"]).Model(models.backbone(config), *head_sizes, config.nanoedit)
+    model = methods.get(stored["method"]).Model(models.backbone(config), *head_sizes, stored)
     model.config = config
     return model
 
@@ -427,7 +428,7 @@ def check_rows(model: nn.Module, tokenizer, directory) -> None:
     """Raises ValueError where the tokenizer of a checkpoint knows more tokens than its model has rows."""
     known, rows = tokenizer.vocab_size, model.config.vocab_size
     if known > rows:
-        raise ValueError(f"{directory}: the tokenizer has {known} tokens, but the model only {rows} rows for them")
+        raise ValueError(f"{directory}: the tokenizer has {known} tokens, but the model only {rows} rows")
 
 
 def open_for_inference(directory: Path, device: str, bf16: bool) -> tuple[nn.Module, Tokenizer]:
@@ -494,7 +495,7 @@ def save_adapters(model: nn.Module, directory: str, base: str, state: dict | Non
     write_json(directory / "config.json", config_as_json(model.config))
 
 
-def read_adapters(directory: Path, find: Callable) -> tuple[dict, Path, dict[str, Lazy]]:
+def read_adapters(directory: Path, find) -> tuple[dict, Path, dict[str, Lazy]]:
     """(adapter_config.json, the directory of the base model, adapters and heads by their names on disk).
 
     find: base_model_name_or_path -> directory. Raises OSError / ValueError naming the file.
@@ -513,7 +514,7 @@ def read_adapters(directory: Path, find: Callable) -> tuple[dict, Path, dict[str
     return settings, base, have
 
 
-def merge_adapters(directory: Path, formats: dict[str, Callable], find: Callable) -> dict[str, Lazy]:
+def merge_adapters(directory: Path, formats, find) -> dict[str, Lazy]:
     """See find_tensors. The sums are float32 and rounded once, to what is asked for."""
     settings, base, adapters = read_adapters(directory, find)
     rank, scale = settings["r"], settings["lora_alpha"] / settings["r"]
@@ -525,12 +526,8 @@ def merge_adapters(directory: Path, formats: dict[str, Callable], find: Callable
             raise ValueError(f"{A.file}: {name!r} has no partner in it, or nothing to be added to in {base}")
         A.check(rank, W.meta.shape[1])
         B.check(W.meta.shape[0], rank)
-        have[W.name] = replace(W, make=partial(add_product, W, B, A, scale))
+        have[W.name] = replace(W, make=lambda W=W, B=B, A=A: lora.merged(W.make(), B.make(), A.make(), scale))
     return have | adapters  # what is left of these: heads
-
-
-def add_product(W: Lazy, B: Lazy, A: Lazy, scale: float) -> Tensor:
-    return lora.merged(W.make(), B.make(), A.make(), scale)
 
 
 def load_adapters(directory: str, device="cpu", dtype=torch.float32, method=None, four_bit=False) -> nn.Module:
@@ -628,7 +625,7 @@ def save_run(out: Path, name: str, model: parallel.ParallelModel, tokenizer, opt
 def restore(model: nn.Module, optimizer, checkpoint: Path) -> None:
     """The optimizer as it was when the checkpoint of a run was written."""
     stored = tensors_of(checkpoint / "optimizer.safetensors")
-    parallel.restore_moments(model, optimizer, {name: moment.read().clone() for name, moment in stored.items()})
+    parallel.restore_moments(model, optimizer, {name: t.make().clone() for name, t in stored.items()})
 
 
 def resume_hint(args) -> str:
