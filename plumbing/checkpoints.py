@@ -402,7 +402,7 @@ def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None
         raise ValueError(f"{directory}: no heads of a method in this checkpoint; add them with `{command}`")
     if method and found != method:
         hint = "convert.py makes one from the other"
-        raise ValueError(f"{directory}: a checkpoint of method {found!r}, but {method!r} is asked for; {hint}")
+        raise ValueError(f"{directory}: this is a checkpoint of method {found!r}, but {method!r} is asked for; {hint}")
     config.nanoedit["method"] = found
     with torch.device("meta"):
         model = build(config)
