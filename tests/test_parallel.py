@@ -21,9 +21,8 @@ KINDS = {
 }
 MODES = {
     "ddp": "--parallel ddp",
-    "zero1": "--parallel zero1",
     "fsdp": "--parallel fsdp",
-    "zero2": "--parallel fsdp --reshard_after_forward False",
+    "zero1": "--parallel zero1",  # the same as fsdp with --reshard_after_forward False
 }
 
 
@@ -39,10 +38,10 @@ def same(a: list[dict], b: list[dict], tolerance=1e-4) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_1_2_and_4_processes_have_the_same_losses(kind, tmp_path):
-    flags = f"{TOY} {KINDS[kind]} --max_steps 20 --eval_steps 10 --per_device_eval_batch_size 3"
+    flags = f"{TOY} {KINDS[kind]} --max_steps 12 --eval_steps 6 --per_device_eval_batch_size 3"
     run(f"{flags} --gradient_accumulation_steps 4", tmp_path / "one")
     expected = metrics(tmp_path / "one")
-    assert len(expected) == 22
+    assert len(expected) == 14
     for mode, more in MODES.items():
         for world in (2, 4):
             out = tmp_path / f"{mode}{world}"
