@@ -1,31 +1,22 @@
 """Speed and memory, always as a ratio against something named, both measured in the same run.
 
     python bench.py edit_distance      scripts per second against rapidfuzz
-    python bench.py attention          ragged attention on CPU against one padded or one masked call
     python bench.py loss               the Edit Flows loss against vocabulary logits on all rows: time and memory
     python bench.py sampling           16 prompts in one batch against one at a time, and where the time goes
     python bench.py decode             ME-DLM decoding against vocabulary logits on all rows
     python bench.py rollout            how much of a stage-3 step is not the model
-    python bench.py packing --data F   how full packed rows are
-    python bench.py streaming          memory of a run on 5 GB
-    python bench.py plan               no measurement: memory and time that a training run will need (plan.py)
 
-One function per benchmark; `BENCHMARKS` at the end lists them. The contestants take turns, because the speed of a
-machine drifts; a ratio is the median over the turns.
+One function per benchmark; `BENCHMARKS` at the end lists them with their flags. The contestants take turns, because the
+speed of a machine drifts; a ratio is the median over the turns.
 """
 
 import argparse
-import json
 import multiprocessing
-import os
 import resource
-import subprocess
-import sys
-import tempfile
 import time
 from functools import partial
-from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import numpy as np
 import torch
@@ -35,12 +26,10 @@ import data
 import editflow
 import medlm
 import models
-import plan
 import toy
 from edit_distance import edit_scripts
-from plumbing import cli, streaming
-from plumbing.tokenizer import train_tokenizer
-from ragged import Ragged
+from plumbing import checkpoints, cli, methods
+from ragged import Ragged, stratified
 
 
 def take_turns(contestants: dict, repeats: int, clock=time.perf_counter) -> dict:
@@ -62,6 +51,28 @@ def take_turns(contestants: dict, repeats: int, clock=time.perf_counter) -> dict
 def ratio(reference: list, ours: list) -> float:
     """How many times faster we are."""
     return median(a / b for a, b in zip(reference, ours))
+
+
+def random_model(args, method: str, family: str, width: float) -> torch.nn.Module:
+    """A model of the size in the flags with random weights in float32. width: of its MLPs, in hidden sizes."""
+    raw = {
+        "model_type": family, "vocab_size": args.vocab, "hidden_size": args.hidden, "num_hidden_layers": args.layers,
+        "num_attention_heads": args.hidden // 64, "intermediate_size": int(args.hidden * width),
+        "nanoedit": {"method": method},
+    }  # fmt: skip
+    model = checkpoints.build(checkpoints.complete_config(raw))
+    checkpoints.init_weights(model, torch.Generator().manual_seed(args.seed))
+    return model
+
+
+def seconds_inside(*modules: torch.nn.Module) -> list[float]:
+    """A list to which every forward pass of these modules will add its seconds."""
+    inside = []
+    for module in modules:
+        start = []
+        module.register_forward_pre_hook(lambda *_, start=start: start.append(time.perf_counter()))
+        module.register_forward_hook(lambda *_, start=start: inside.append(time.perf_counter() - start.pop()))
+    return inside
 
 
 def bench_edit_distance(args):
@@ -127,14 +138,7 @@ def as_string(tokens):
 
 # ---------------------------------------------------------------------------------------------------- Edit Flows
 
-
-def editflow_model(args, seed=0):
-    """ModernBERT of the size in the flags, random weights, in float32."""
-    sizes = {"hidden_size": args.hidden, "num_hidden_layers": args.layers, "num_attention_heads": args.hidden // 64}
-    raw = sizes | {"model_type": "modernbert", "vocab_size": args.vocab, "intermediate_size": args.hidden * 3 // 2}
-    model = models.EditFlowModel(models.complete_config(raw | {"nanoedit": {"schedule": "linear"}}))
-    models.init_weights(model, torch.Generator().manual_seed(seed))
-    return model
+SCHEDULE = editflow.parse_schedule("linear")
 
 
 def path_batch(args):
@@ -142,40 +146,32 @@ def path_batch(args):
     rng = torch.Generator().manual_seed(args.seed)
     x1 = torch.randint(5, args.vocab, (args.batch, args.length), generator=rng).tolist()
     x0, prompts = [[4] * 64] * args.batch, [[1]] * args.batch
-    t = editflow.draw_t(args.batch, rng)
-    return editflow.path(prompts, x0, x1, t, editflow.schedule("linear").kappa, rng)
+    return editflow.path(prompts, x0, x1, stratified(args.batch, 0, 1, rng), SCHEDULE, rng)
 
 
-def loss_on_all_rows(model, batch, kappa):
-    """The same loss the plain way: both vocabulary heads on every token, [T, V] logits and their log-softmax."""
-    hidden = model(batch.x)
-    sub_log_q = F.log_softmax(model.sub_logits(hidden), dim=-1)
-    ins_log_q = F.log_softmax(model.ins_logits(hidden), dim=-1)
-    weight = (kappa.weight(batch.t) / len(batch.x) / batch.target_len.clamp_min(1))[batch.x.batch]
-    rates = model.rate_heads(hidden)
-    can_edit, can_insert = editflow.editable(batch.x, batch.prompt_len)
-    total = (weight * (can_edit * rates[:, :2].sum(1) + can_insert * rates[:, 2])).sum()
-    substitute, delete, insert = batch.sub_row, batch.del_row, batch.ins_row
-    log_sub = rates[substitute, 0].log() + sub_log_q[substitute, batch.sub_token]
-    log_ins = rates[insert, 2].log() + ins_log_q[insert, batch.ins_token]
-    for row, log in ((substitute, log_sub), (delete, rates[delete, 1].log()), (insert, log_ins)):
-        total = total - (weight[row] * log).sum()
+def loss_on_all_rows(model, batch):
+    """`editflow.loss` the plain way: both vocabulary heads on every token, [T, V] logits and their log-softmax."""
+    h = model(batch.x, batch.t)
+    log_sub, log_ins = (F.log_softmax(head(h), dim=-1) for head in (model.sub_logits, model.ins_logits))
+    w = (batch.w / batch.norm / len(batch.x))[batch.x.batch]
+    rates = model.rate_heads(h)
+    total = (w[:, None] * rates * editflow.editable(batch.x, batch.prompt_len)).sum()
+    sub, dele, ins = batch.sub_row, batch.del_row, batch.ins_row
+    for row, log in (
+        (sub, rates[sub, 0].log() + log_sub[sub, batch.sub_token]),
+        (dele, rates[dele, 1].log()),
+        (ins, rates[ins, 2].log() + log_ins[ins, batch.ins_token]),
+    ):
+        total = total - (w[row] * log).sum()
     return total, {}
 
 
-def loss_step(loss, model, batch):
-    model.zero_grad()
-    value, _ = loss(model, batch, editflow.schedule("linear"))
-    value.backward()
-    return float(value.detach())
-
-
-def peak_memory(work, *inputs) -> float:
-    """MB that one call takes at most beyond what its process held before, in a process of its own."""
+def peak_memory(work) -> float:
+    """MB that work() takes at most beyond what its process held before, in a process of its own."""
 
     def child(pipe):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        work(*inputs)
+        work()
         pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
     ours, theirs = multiprocessing.Pipe()
@@ -186,24 +182,30 @@ def peak_memory(work, *inputs) -> float:
 
 
 def bench_loss(args):
-    """One training step (forward and backward) of Edit Flows against the same model with both vocabulary heads on all
-    rows. Memory: the peak of one step beyond weights and libraries, gradients included."""
-    model, batch = editflow_model(args), path_batch(args)
+    """The Edit Flows loss against vocabulary logits on all rows: a training step, forward and backward. Memory: the
+    peak of one step beyond weights and libraries, gradients included."""
+    model, batch = random_model(args, "editflow", "modernbert", 1.5), path_batch(args)
+
+    def step(loss):
+        model.zero_grad()
+        value, _ = loss(model, batch)
+        value.backward()
+        return float(value.detach())
+
     contestants = {
-        "rows with an edit": partial(loss_step, editflow.loss, model, batch),
-        "all rows": partial(loss_step, loss_on_all_rows, model, batch),
+        "rows with an edit": partial(step, editflow.loss),
+        "all rows": partial(step, loss_on_all_rows),
     }
     torch.set_num_threads(1)  # a forked child must not inherit a pool of threads
-    memory = {name: peak_memory(step) for name, step in contestants.items()}
+    memory = {name: peak_memory(work) for name, work in contestants.items()}
     torch.set_num_threads(args.threads)
-    values = {name: step() for name, step in contestants.items()}
+    values = {name: work() for name, work in contestants.items()}
     seconds = take_turns(contestants, args.repeats)
-    edited = len(batch.sub_row.unique()) + len(batch.ins_row.unique())
-    rows = {"rows with an edit": edited, "all rows": 2 * len(batch.x.ids)}
+    rows = [len(batch.sub_row.unique()) + len(batch.ins_row.unique()), 2 * len(batch.x.ids)]
     print(f"{len(batch.x)} sequences, {len(batch.x.ids)} tokens, V = {args.vocab}, {args.threads} threads, float32")
     print("vocabulary heads on    head rows      loss   ms / step   peak MB")
-    for name in contestants:
-        print(f"{name:20} {rows[name]:11} {values[name]:9.4f} {1e3 * median(seconds[name]):11.1f} {memory[name]:9.0f}")
+    for name, n in zip(contestants, rows):
+        print(f"{name:20} {n:11} {values[name]:9.4f} {1e3 * median(seconds[name]):11.1f} {memory[name]:9.0f}")
     faster = ratio(seconds["all rows"], seconds["rows with an edit"])
     print(f"{faster:.2f}x as fast, {memory['rows with an edit'] / memory['all rows']:.0%} of the memory")
 
@@ -226,20 +228,18 @@ def teach_rates(model, mask: int, vocab: int, rng) -> None:
 
 
 def bench_sampling(args):
-    """Edit Flows sampling: a batch of prompts against the same prompts one at a time, tokens per second; and the share
-    of the time that one prompt spends outside the model's layers and heads.
+    """Edit Flows sampling, one batch against one prompt at a time, in tokens per second; and the share of the time that
+    one prompt spends outside the model's layers and heads.
 
     The weights are random, but the rates are those of a trained model: a mask is to be substituted once and waits for
     as many insertions behind it, and what has been written stays.
     """
-    torch.set_num_threads(args.threads)
-    model = editflow_model(args).eval()
+    model = random_model(args, "editflow", "modernbert", 1.5).eval()
     teach_rates(model, 4, args.vocab, torch.Generator().manual_seed(args.seed))
-    x0, inside = [[4] * 64] * args.batch, []
 
-    def run(indices):
-        prompts = [[1] * 16 for _ in indices]
-        sampled = editflow.sample(model, prompts, x0=[x0[i] for i in indices], steps=args.steps, seeds=list(indices))
+    def run(seeds) -> int:
+        prompts, x0 = [[1] * 16 for _ in seeds], [[4] * 64 for _ in seeds]
+        sampled = editflow.sample(model, prompts, x0, schedule=SCHEDULE, steps=args.steps, seeds=list(seeds))
         return sum(len(s.response) for s in sampled)
 
     everyone = range(args.batch)
@@ -251,49 +251,13 @@ def bench_sampling(args):
     faster = ratio(seconds["one at a time"], seconds["one batch"])
     print(f"{faster:.2f}x the tokens per second in one batch of {args.batch}")
 
-    for module in (model.model, model.rate_heads, model.sub_logits, model.ins_logits):
-        start = []
-        module.register_forward_pre_hook(lambda *_, start=start: start.append(time.perf_counter()))
-        module.register_forward_hook(lambda *_, start=start: inside.append(time.perf_counter() - start.pop()))
-    outside = []
+    inside, outside = seconds_inside(model.model, model.rate_heads, model.sub_logits, model.ins_logits), []
     for _ in range(args.repeats):
         inside.clear()
         begin = time.perf_counter()
         run([0])
         outside.append(1 - sum(inside) / (time.perf_counter() - begin))
     print(f"one prompt: {median(outside):.1%} of the time outside the model's layers and heads")
-
-
-def bench_attention(args):
-    """`models.attend` on CPU, forward and backward, against one padded and one masked call of PyTorch's attention."""
-    torch.set_num_threads(args.threads)
-    print("sequences  lengths     attend ms |  padded ms  ratio |  masked ms  ratio")
-    for batch, low, high in ((32, 14, 30), (16, 65, 128), (8, 150, 256), (8, 300, 512)):
-        rng = torch.Generator().manual_seed(args.seed)
-        x = Ragged.pack([[0] * n for n in torch.randint(low, high + 1, (batch,), generator=rng).tolist()])
-        qkv = [torch.randn(len(x.ids), 4, 64, generator=rng, requires_grad=True) for _ in range(3)]
-        column = torch.arange(x.max_seqlen)
-        valid, same = column < x.lengths[:, None], x.batch[:, None] == x.batch
-
-        def padded(q, k, v, x=x, valid=valid):
-            q, k, v = (z.new_zeros(*valid.shape, 4, 64).index_put((valid,), z).transpose(1, 2) for z in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]).transpose(1, 2)[valid]
-
-        def masked(q, k, v, same=same):
-            q, k, v = (z.transpose(0, 1)[None] for z in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=same)[0].transpose(0, 1)
-
-        def ours(q, k, v, x=x):
-            return models.attend(q, k, v, x.cu_seqlens, x.max_seqlen)
-
-        contestants = {f.__name__: lambda f=f, qkv=qkv: f(*qkv).sum().backward() for f in (ours, padded, masked)}
-        s = take_turns(contestants, args.repeats)
-        ms = {name: 1e3 * median(times) for name, times in s.items()}
-        print(
-            f"{batch:9}  {low:3} - {high:3}  {ms['ours']:10.2f} |"
-            f" {ms['padded']:10.2f} {ratio(s['padded'], s['ours']):5.2f}x |"
-            f" {ms['masked']:10.2f} {ratio(s['masked'], s['ours']):5.2f}x"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------- ME-DLM
@@ -311,33 +275,24 @@ def best_tokens_on_all_rows(hidden, head, row, never, rival=None):
 def bench_decode(args):
     """ME-DLM decoding, vocabulary logits only on rows that can change against logits on all rows. The prompt is three
     times as long as the response; a decoder with random weights."""
-    torch.set_num_threads(args.threads)
-    sizes = {"hidden_size": args.hidden, "num_hidden_layers": args.layers, "num_attention_heads": args.hidden // 64}
-    raw = sizes | {"model_type": "llada", "vocab_size": args.vocab, "intermediate_size": args.hidden * 3}
-    model = models.MEDLMModel(models.complete_config(raw)).eval()
-    models.init_weights(model, torch.Generator().manual_seed(args.seed))
+    model = random_model(args, "medlm", "llada", 3).eval()
     prompts = torch.randint(10, args.vocab, (args.batch, 3 * args.length)).tolist()
     tokens = {"mask": 1, "pad": 2, "del": 3, "eos": 4}
-    best_tokens = medlm.best_tokens
+    steps = {"mask_diffusion_step": args.mask_passes, "edit_diffusion_step": args.edit_passes}
 
-    def decode(rows):
-        medlm.best_tokens = rows
-        try:
-            steps = {"mask_diffusion_step": args.mask_passes, "edit_diffusion_step": args.edit_passes}
+    def decode(best_tokens):
+        with mock.patch.object(medlm, "best_tokens", best_tokens):
             return medlm.decode(model, prompts, tokens, init_num=args.length, **steps)
-        finally:
-            medlm.best_tokens = best_tokens
 
     contestants = {
-        "rows that can change": partial(decode, best_tokens),
+        "rows that can change": partial(decode, medlm.best_tokens),
         "all rows": partial(decode, best_tokens_on_all_rows),
     }
     plain, ours = ([d.response for d in work()] for work in contestants.values())
-    same = plain == ours
     seconds = take_turns(contestants, args.repeats)
     print(
         f"{args.batch} prompts of {3 * args.length}, responses of {args.length}, V = {args.vocab}, "
-        f"{args.mask_passes} + {args.edit_passes} passes; same texts: {same}"
+        f"{args.mask_passes} + {args.edit_passes} passes; same texts: {plain == ours}"
     )
     for name, times in seconds.items():
         print(f"{name:21} {median(times):7.2f} s")
@@ -346,156 +301,58 @@ def bench_decode(args):
 
 def bench_rollout(args):
     """A stage-3 training step on the toy task: the share of its time outside the model's forwards and backward."""
-    torch.set_num_threads(args.threads)
     tokenizer = toy.tokenizer()
-    model = models.build("medlm", args.preset, tokenizer.vocab_size)
-    records = toy.records("train", args.batch * 10, args.seed)
-    encoded = data.encode(records, tokenizer, max_length=64).examples
+    model = checkpoints.new_model("medlm", args.preset, tokenizer.vocab_size)
+    encoded = data.encode(toy.records("train", args.batch * 10, args.seed), tokenizer, max_length=64).examples
     examples = [data.pad_response(e, 24, tokenizer.pad_id) for e in encoded]
-    tokens, inside = medlm.special_tokens(tokenizer), []
-    for module in (model.model, model.lm_head, model.next_token_head):
-        start = []
-        module.register_forward_pre_hook(lambda *_, start=start: start.append(time.perf_counter()))
-        module.register_forward_hook(lambda *_, start=start: inside.append(time.perf_counter() - start.pop()))
-    shares = []
+    tokens = methods.special_tokens(medlm, tokenizer)
+    inside, shares = seconds_inside(model.model, model.lm_head, model.next_token_head), []
     for turn in range(args.repeats):
         rng = torch.Generator().manual_seed(turn)
         plan = medlm.plan_rollout(1.0, [4, 8], 16, rng)
-        batch = [examples[i] for i in torch.randperm(len(examples), generator=rng)[: args.batch].tolist()]
+        chosen = [examples[i] for i in torch.randperm(len(examples), generator=rng)[: args.batch].tolist()]
         inside.clear()
         begin = time.perf_counter()
-        drafts = medlm.rollout(model, batch, plan, tokens, min_t=0.5, max_t=1.0, generator=rng)
-        rollout = time.perf_counter()
-        modelled = sum(inside)
-        loss, _ = medlm.rollout_loss(model, drafts)  # forward, loss and backward: all of it the model's work
+        batch = medlm.rollout(model, chosen, plan, tokens, min_t=0.5, max_t=1.0, generator=rng)
+        rollout, modelled = time.perf_counter(), sum(inside)
+        loss, _ = medlm.loss(model, batch)  # forward, loss and backward: all of it the model's work
         loss.backward()
-        end = time.perf_counter()
-        shares.append((rollout - begin - modelled) / (end - begin))
+        shares.append((rollout - begin - modelled) / (time.perf_counter() - begin))
     print(f"{args.preset} preset, {args.batch} samples: {median(shares[1:]):.1%} of a stage-3 step outside the model")
 
 
-def bench_packing(args):
-    """How full the packed rows are, on a dataset of your own."""
-    records, _, reports = data.load_records(args.data)
-    tokenizer = train_tokenizer(data.texts(records), 4096)
-    examples = data.encode(records, tokenizer, max_length=args.max_length).examples
-    fill = sorted(sum(map(len, row)) / args.max_length for row in data.pack(examples, args.max_length))
-    print(*reports, sep="\n")
-    print(
-        f"{len(examples)} samples in {len(fill)} rows of {args.max_length}: mean fill {sum(fill) / len(fill):.1%}, "
-        f"all but the emptiest at least {fill[min(1, len(fill) - 1)]:.1%}, the emptiest {fill[0]:.1%}"
-    )
-
-
-def bench_streaming(args):
-    """train.py --streaming on a generated corpus of so many gigabytes, and on a hundredth of it: peak resident memory,
-    and the seconds until the first step is done. Neither should depend on the size."""
-    rng = np.random.default_rng(args.seed)
-    words = ["".join(map(chr, rng.integers(97, 123, rng.integers(2, 12)))) for _ in range(5000)]
-    block = "".join(json.dumps({"text": " ".join(rng.choice(words, 200))}) + "\n" for _ in range(20000))
-    print("corpus GB   peak MB   seconds to step 1   MB/s of text read and parsed")
-    for gigabytes in (args.gigabytes / 100, args.gigabytes):
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            file = Path(folder, "corpus.jsonl")
-            with open(file, "w") as f:
-                while f.tell() < gigabytes * 1e9:
-                    f.write(block)
-            seconds, peak = streamed_run(file, Path(folder, "out"), args.steps)
-            size = file.stat().st_size / 1e9
-            print(f"{size:9.2f} {peak:9.0f} {seconds:19.1f} {reading_speed(file):30.0f}", flush=True)
-
-
-def streamed_run(file: Path, out: Path, steps: int) -> tuple[float, float]:
-    """(seconds until the first step is logged, peak resident MB) of train.py in a process of its own."""
-    flags = f"--method editflow --streaming --dataset_args {file} --output_dir {out} --max_steps {steps} "
-    flags += "--preset tiny --vocab_size 4096 --max_length 128 --x0_sampler masks[length:64] --eval_strategy no "
-    flags += "--per_device_train_batch_size 16 --logging_steps 1"
-    start = time.perf_counter()
-    run = subprocess.Popen([sys.executable, "train.py", *flags.split()], stderr=subprocess.DEVNULL)
-    while not (out / "metrics.jsonl").exists() and run.poll() is None:
-        time.sleep(0.05)
-    seconds = time.perf_counter() - start
-    _, status, usage = os.wait4(run.pid, 0)
-    if status:
-        raise SystemExit(f"train.py ended with status {os.waitstatus_to_exitcode(status)}")
-    return seconds, usage.ru_maxrss / 1024
-
-
-def reading_speed(file: Path) -> float:
-    """MB of text per second out of one lane, without tokenizer."""
-    corpus = streaming.Corpus(str(file), 0, 0, None, False)
-    lane = streaming.Lane(corpus, 0, 1, lambda pool, rng: [[record["text"] for _, record in pool]])
-    start, read = time.perf_counter(), 0
-    while read < 2e8 and lane.epoch == 0:
-        read += sum(map(len, lane.take()))
-    return read / 1e6 / (time.perf_counter() - start)
-
-
-BENCHMARKS = {
-    "streaming": bench_streaming,
-    "edit_distance": bench_edit_distance,
-    "attention": bench_attention,
-    "loss": bench_loss,
-    "sampling": bench_sampling,
-    "decode": bench_decode,
-    "rollout": bench_rollout,
-    "packing": bench_packing,
-    "plan": plan.main,
-}
+COMMON = {"repeats": 15, "seed": 0, "threads": torch.get_num_threads()}
+SIZE = {"hidden": 256, "layers": 6, "batch": 16}
+BENCHMARKS = {  # each with the defaults of its flags
+    bench_edit_distance: {
+        "lengths": [128, 512, 2048], "noise": [0.05, 0.3, 1.0], "vocab": 32000, "pairs": 128, "passes": 5
+    },
+    bench_loss: SIZE | {"vocab": 50000, "length": 128},
+    bench_sampling: SIZE | {"vocab": 50000, "steps": 100},
+    bench_decode: SIZE | {"batch": 4, "vocab": 126464, "length": 64, "mask_passes": 8, "edit_passes": 3},
+    bench_rollout: {"preset": "small", "batch": 32},
+}  # fmt: skip
+HELP = {
+    "repeats": "turns; every ratio is a median over them", "noise": "share edited; 1: unrelated", "batch": "sequences",
+    "pairs": "in a batch", "passes": "over the batch in one turn, so that caches are warm for all",
+    "preset": ", ".join(models.PRESETS), "length": "tokens; a prompt of decode has three times as many",
+}  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
-    common = argparse.ArgumentParser(add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    common.add_argument("--repeats", type=int, default=15, help="turns; every ratio is a median over them")
-    common.add_argument("--seed", type=int, default=0)
-
-    common.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
-    p = benchmarks.add_parser("edit_distance", parents=[common], help="edit scripts against rapidfuzz")
-    p.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048], help="tokens of the clean sequence")
-    p.add_argument("--noise", type=float, nargs="+", default=[0.05, 0.3, 1.0], help="share edited; 1: unrelated")
-    p.add_argument("--vocab", type=int, default=32000, help="symbols, drawn uniformly")
-    p.add_argument("--pairs", type=int, default=128, help="pairs in a batch")
-    p.add_argument("--passes", type=int, default=5, help="over the batch in one turn, so that caches are warm for all")
-
-    benchmarks.add_parser("attention", parents=[common], help="ragged attention against padded and masked")
-    size = argparse.ArgumentParser(add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    size.add_argument("--hidden", type=int, default=256)
-    size.add_argument("--layers", type=int, default=6)
-    p = benchmarks.add_parser("loss", parents=[common, size], help="rows with an edit against all rows")
-    p.add_argument("--vocab", type=int, default=50000)
-    p.add_argument("--batch", type=int, default=16, help="sequences")
-    p.add_argument("--length", type=int, default=128, help="tokens of each target")
-    p = benchmarks.add_parser("sampling", parents=[common, size], help="one batch against one at a time")
-    p.add_argument("--vocab", type=int, default=50000)
-    p.add_argument("--batch", type=int, default=16, help="sequences")
-    p.add_argument("--steps", type=int, default=100)
-
-    p = benchmarks.add_parser("decode", parents=[common, size], help="ME-DLM: rows that can change against all rows")
-    p.add_argument("--length", type=int, default=64, help="masks; the prompt is three times as long")
-    p.add_argument("--mask_passes", type=int, default=8)
-    p.add_argument("--edit_passes", type=int, default=3)
-    p.add_argument("--vocab", type=int, default=126464)
-    p.add_argument("--batch", type=int, default=4, help="prompts")
-    p = benchmarks.add_parser("rollout", parents=[common], help="ME-DLM stage 3: time outside the model")
-    p.add_argument("--preset", default="small", help=f"one of {', '.join(models.PRESETS)}")
-    p.add_argument("--batch", type=int, default=32, help="samples")
-    p = benchmarks.add_parser("streaming", parents=[common], help="memory of a run on a corpus that does not fit")
-    p.add_argument("--gigabytes", type=float, default=5.0, help="size of the corpus")
-    p.add_argument("--folder", help="where the corpus is made; default: the system's temporary folder")
-    p.add_argument("--steps", type=int, default=100)
-    p = benchmarks.add_parser("packing", parents=[common], help="ME-DLM: how full packed rows are")
-    p.add_argument("--data", required=True, help="a dataset spec, GSM8K's train.jsonl for example")
-    p.add_argument("--max_length", type=int, default=2048)
-
-    p = benchmarks.add_parser(
-        "plan", help="memory and time of a training run", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    plan.add_flags(p)
-
+    for run, flags in BENCHMARKS.items():
+        name = run.__name__.removeprefix("bench_")
+        p = benchmarks.add_parser(name, description=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p.set_defaults(run=run)
+        for name, default in (COMMON | flags).items():
+            several = isinstance(default, list)
+            options = {"type": type(default[0]), "nargs": "+"} if several else {"type": type(default)}
+            p.add_argument(f"--{name}", default=default, help=HELP.get(name, name), **options)
     args = parser.parse_args()
-    BENCHMARKS[args.benchmark](args)
+    torch.set_num_threads(args.threads)
+    args.run(args)
 
 
 if __name__ == "__main__":

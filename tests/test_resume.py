@@ -56,7 +56,7 @@ def logged(out):
 @pytest.mark.parametrize(
     ("kind", "world", "mode", "more"),
     [
-        ("editflow", 1, "ddp", ""),
+        ("editflow", 1, "ddp", "--time_conditioned"),
         ("medlm", 1, "ddp", "--gradient_accumulation_steps 2"),
         ("editflow", 2, "ddp", ""),
         ("medlm", 2, "zero1", ""),
@@ -184,7 +184,7 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_good_checkpoint(tmp_path):
         assert fleet.wait() == [1, 1], fleet.said()
         error = fleet.logs[0].read_text().splitlines()[-1]
         assert "No space left on device" in error, fleet.said()
-        assert "goes on from the last one" in error
+        assert "goes on from the last checkpoint" in error
         assert "Traceback" not in fleet.said()
         saved = checkpoints.checkpoints(disk / "out")
         assert saved
