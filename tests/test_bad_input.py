@@ -139,7 +139,8 @@ IMPOSSIBLE = [  # what is named is the first flag
     "sample --prompt fine \udcff", "sample --draft \ud800", "sample --tau 5e-324", "sample --tau 1.0000001",
     "convert --x0_sampler noise", "convert --schedule quartic", "evaluate --x0_sampler uniform[length:x]",
     "evaluate --task toy sudoku", "evaluate --data toy", "evaluate --data toy=", "evaluate --data =x",
-    "evaluate --data sudoku=x", "evaluate --data gsm8k=x", "evaluate --data gsm8k=a gsm8k=b --task gsm8k", "evaluate --tau 1e-320",
+    "evaluate --data sudoku=x", "evaluate --data gsm8k=x", "evaluate --tau 1e-320",
+    "evaluate --data gsm8k=a gsm8k=b --task gsm8k",
 ]  # fmt: skip
 NEEDED = [  # what is left out, and what is added
     "train --method", "train --output_dir", "train --max_steps --streaming", "sample --model_name_or_path",
