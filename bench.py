@@ -1,29 +1,20 @@
 """Speed and memory, always as a ratio against something named, both measured in the same run.
 
     python bench.py edit_distance      scripts per second against rapidfuzz
-    python bench.py attention          ragged attention on CPU against one padded or one masked call
     python bench.py loss               the Edit Flows loss against vocabulary logits on all rows: time and memory
     python bench.py sampling           16 prompts in one batch against one at a time, and where the time goes
     python bench.py decode             ME-DLM decoding against vocabulary logits on all rows
     python bench.py rollout            how much of a stage-3 step is not the model
-    python bench.py packing --data F   how full packed rows are
-    python bench.py streaming          memory of a run on 5 GB
 
 One function per benchmark; `BENCHMARKS` at the end lists them with their flags. The contestants take turns, because the
 speed of a machine drifts; a ratio is the median over the turns.
 """
 
 import argparse
-import json
 import multiprocessing
-import os
 import resource
-import subprocess
-import sys
-import tempfile
 import time
 from functools import partial
-from pathlib import Path
 from statistics import median
 from unittest import mock
 
@@ -37,8 +28,7 @@ import medlm
 import models
 import toy
 from edit_distance import edit_scripts
-from plumbing import checkpoints, cli, feed, methods
-from plumbing.tokenizer import train_tokenizer
+from plumbing import checkpoints, cli, methods
 from ragged import Ragged, stratified
 
 
@@ -270,36 +260,6 @@ def bench_sampling(args):
     print(f"one prompt: {median(outside):.1%} of the time outside the model's layers and heads")
 
 
-def attentions(x: Ragged) -> dict:
-    """Three ways of attention inside the sequences of x: name -> function of q, k, v [T, 4, 64]."""
-    valid, same = torch.arange(x.max_seqlen) < x.lengths[:, None], x.batch[:, None] == x.batch
-
-    def padded(*qkv):
-        q, k, v = (z.new_zeros(*valid.shape, 4, 64).index_put((valid,), z).transpose(1, 2) for z in qkv)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]).transpose(1, 2)[valid]
-
-    def masked(*qkv):
-        q, k, v = (z.transpose(0, 1)[None] for z in qkv)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=same)[0].transpose(0, 1)
-
-    return {"ours": lambda *qkv: models.attend(*qkv, x.cu_seqlens, x.max_seqlen), "padded": padded, "masked": masked}
-
-
-def bench_attention(args):
-    """`models.attend` on CPU against one padded and one masked call of PyTorch's attention, forward and backward."""
-    print("sequences  lengths     attend ms |  padded ms  ratio |  masked ms  ratio")
-    for batch, low, high in ((32, 14, 30), (16, 65, 128), (8, 150, 256), (8, 300, 512)):
-        rng = torch.Generator().manual_seed(args.seed)
-        x = Ragged.pack([[0] * n for n in torch.randint(low, high + 1, (batch,), generator=rng).tolist()])
-        qkv = [torch.randn(len(x.ids), 4, 64, generator=rng, requires_grad=True) for _ in range(3)]
-        contestants = {name: lambda f=f, qkv=qkv: f(*qkv).sum().backward() for name, f in attentions(x).items()}
-        s = take_turns(contestants, args.repeats)
-        line = f"{batch:9}  {low:3} - {high:3}  {1e3 * median(s['ours']):10.2f}"
-        for name in ("padded", "masked"):
-            line += f" | {1e3 * median(s[name]):10.2f} {ratio(s[name], s['ours']):5.2f}x"
-        print(line)
-
-
 # ---------------------------------------------------------------------------------------------------- ME-DLM
 
 
@@ -361,83 +321,21 @@ def bench_rollout(args):
     print(f"{args.preset} preset, {args.batch} samples: {median(shares[1:]):.1%} of a stage-3 step outside the model")
 
 
-def bench_packing(args):
-    """How full the packed rows are, on a dataset of your own."""
-    records, _, reports = data.load_records(args.data)
-    tokenizer = train_tokenizer(data.texts(records), 4096)
-    examples = data.encode(records, tokenizer, max_length=args.max_length).examples
-    fill = sorted(sum(map(len, row)) / args.max_length for row in data.pack(examples, args.max_length))
-    print(*reports, sep="\n")
-    print(
-        f"{len(examples)} samples in {len(fill)} rows of {args.max_length}: mean fill {sum(fill) / len(fill):.1%}, "
-        f"all but the emptiest at least {fill[min(1, len(fill) - 1)]:.1%}, the emptiest {fill[0]:.1%}"
-    )
-
-
-def bench_streaming(args):
-    """train.py --streaming on a generated corpus of so many gigabytes, and on a hundredth of it: peak resident memory,
-    and the seconds until the first step is done. Neither should depend on the size."""
-    rng = np.random.default_rng(args.seed)
-    words = ["".join(map(chr, rng.integers(97, 123, rng.integers(2, 12)))) for _ in range(5000)]
-    block = "".join(json.dumps({"text": " ".join(rng.choice(words, 200))}) + "\n" for _ in range(20000))
-    print("corpus GB   peak MB   seconds to step 1   MB/s of text read and parsed")
-    for gigabytes in (args.gigabytes / 100, args.gigabytes):
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            file = Path(folder, "corpus.jsonl")
-            with open(file, "w") as f:
-                while f.tell() < gigabytes * 1e9:
-                    f.write(block)
-            seconds, peak = streamed_run(file, Path(folder, "out"), args.steps)
-            size = file.stat().st_size / 1e9
-            print(f"{size:9.2f} {peak:9.0f} {seconds:19.1f} {reading_speed(file):30.0f}", flush=True)
-
-
-def streamed_run(file: Path, out: Path, steps: int) -> tuple[float, float]:
-    """(seconds until the first step is logged, peak resident MB) of train.py in a process of its own."""
-    flags = f"--method editflow --streaming --dataset_args {file} --output_dir {out} --max_steps {steps} "
-    flags += "--preset tiny --vocab_size 4096 --max_length 128 --x0_sampler masks[length:64] --eval_strategy no "
-    flags += "--per_device_train_batch_size 16 --logging_steps 1"
-    start = time.perf_counter()
-    run = subprocess.Popen([sys.executable, "train.py", *flags.split()], stderr=subprocess.DEVNULL)
-    while not (out / "metrics.jsonl").exists() and run.poll() is None:
-        time.sleep(0.05)
-    seconds = time.perf_counter() - start
-    _, status, usage = os.wait4(run.pid, 0)
-    if status:
-        raise SystemExit(f"train.py ended with status {os.waitstatus_to_exitcode(status)}")
-    return seconds, usage.ru_maxrss / 1024
-
-
-def reading_speed(file: Path) -> float:
-    """MB of text per second out of a corpus, without tokenizer."""
-    corpus = feed.Corpus(str(file), 0, 0, None, False)
-    start, read = time.perf_counter(), 0
-    for piece in corpus.deal(1, 0)[0]:
-        read += sum(len(record["text"]) for _, _, records in corpus.records(piece) for record in records)
-        if read > 2e8:
-            break
-    return read / 1e6 / (time.perf_counter() - start)
-
-
 COMMON = {"repeats": 15, "seed": 0, "threads": torch.get_num_threads()}
 SIZE = {"hidden": 256, "layers": 6, "batch": 16}
 BENCHMARKS = {  # each with the defaults of its flags
     bench_edit_distance: {
         "lengths": [128, 512, 2048], "noise": [0.05, 0.3, 1.0], "vocab": 32000, "pairs": 128, "passes": 5
     },
-    bench_attention: {},
     bench_loss: SIZE | {"vocab": 50000, "length": 128},
     bench_sampling: SIZE | {"vocab": 50000, "steps": 100},
     bench_decode: SIZE | {"batch": 4, "vocab": 126464, "length": 64, "mask_passes": 8, "edit_passes": 3},
     bench_rollout: {"preset": "small", "batch": 32},
-    bench_packing: {"data": None, "max_length": 2048},
-    bench_streaming: {"gigabytes": 5.0, "folder": tempfile.gettempdir(), "steps": 100},
 }  # fmt: skip
 HELP = {
     "repeats": "turns; every ratio is a median over them", "noise": "share edited; 1: unrelated", "batch": "sequences",
     "pairs": "in a batch", "passes": "over the batch in one turn, so that caches are warm for all",
-    "data": "a dataset spec, GSM8K's train.jsonl for example", "preset": ", ".join(models.PRESETS),
-    "length": "tokens; a prompt of decode has three times as many", "folder": "where the corpus is made",
+    "preset": ", ".join(models.PRESETS), "length": "tokens; a prompt of decode has three times as many",
 }  # fmt: skip
 
 
@@ -449,9 +347,9 @@ def main():
         p = benchmarks.add_parser(name, description=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         p.set_defaults(run=run)
         for name, default in (COMMON | flags).items():
-            kind = type(default[0]) if isinstance(default, list) else str if default is None else type(default)
-            options = {"nargs": "+"} if isinstance(default, list) else {"required": default is None}
-            p.add_argument(f"--{name}", type=kind, default=default, help=HELP.get(name, name), **options)
+            several = isinstance(default, list)
+            options = {"type": type(default[0]), "nargs": "+"} if several else {"type": type(default)}
+            p.add_argument(f"--{name}", default=default, help=HELP.get(name, name), **options)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.run(args)

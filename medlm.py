@@ -32,25 +32,14 @@ ids of the special tokens: mask, pad, del (`<|del|>`) and eos (end of message).
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from edit_distance import edit_labels_batch, edit_scripts
-from ragged import (
-    CHUNK_FLOATS,
-    DEL,
-    GAP,
-    KEEP,
-    SUB,
-    Generated,
-    Ragged,
-    apply_edits,
-    stratified,
-    uniform_noise,
-    weighted_nll,
-)
+from ragged import CHUNK, DEL, GAP, KEEP, SUB, Generated, Ragged, apply_edits, stratified, uniform_noise, weighted_nll
 
 MIN_T = 0.05  # floor of the masked fraction: losses are weighted by 1/t, so a single t near 0 would drown a whole batch
 IGNORE = -100  # label of a row that is not supervised
@@ -79,21 +68,17 @@ class Model(nn.Module):
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts with masks or drafts, and what both heads should say about some of their rows.
+    """Texts with masks or drafts, and what both heads should say about some of their rows."""
 
-    lm_row, lm_token int64 [N]; lm_weight float [N]: for lm_head. next_row, next_token, next_weight [M]: for
-    next_token_head. kind: "mask" or "edit"; counts: numbers for the log.
-    """
-
-    kind: str
+    kind: str  # "mask" or "edit"
     x: Ragged
-    lm_row: Tensor
-    lm_token: Tensor
-    lm_weight: Tensor
-    next_row: Tensor
+    lm_row: Tensor  # int64 [N]: rows at which lm_head is supervised
+    lm_token: Tensor  # int64 [N]
+    lm_weight: Tensor  # float [N]
+    next_row: Tensor  # the same for next_token_head, [M]
     next_token: Tensor
     next_weight: Tensor
-    counts: dict[str, float]
+    counts: dict[str, float]  # for the log
 
     def to(self, device) -> "Batch":
         moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
@@ -114,12 +99,7 @@ def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict]:
 
 
 def pack_examples(examples) -> tuple[Ragged, Tensor]:
-    """Examples (anything with .prompt and .response, lists of token ids): prompt + response in one row, prompt_len [B].
-
-    Raises ValueError for an empty prompt.
-    """
-    if empty := [i for i, e in enumerate(examples) if not len(e.prompt)]:
-        raise ValueError(f"example {empty[0]} has an empty prompt; it needs at least one token, e.g. bos")
+    """Examples, with token ids in .prompt and .response, as prompt + response in one row, and prompt_len [B]."""
     x = Ragged.pack([[*e.prompt, *e.response] for e in examples])
     return x, torch.tensor([len(e.prompt) for e in examples], dtype=torch.int64)
 
@@ -195,7 +175,7 @@ def best_tokens(hidden: Tensor, head: nn.Linear, row: Tensor, never: list[int], 
     Confidence: log p(token), or against a rival token [N] the log-odds log p(token) - log p(rival).
     Rows go through the head in chunks, so that [N, V] floats never exist.
     """
-    never, size = torch.tensor(never, device=row.device), max(1, CHUNK_FLOATS // head.out_features)
+    never, size = torch.tensor(never, device=row.device), max(1, CHUNK // head.out_features)
     tokens, confidences = [], []
     for i, rows in enumerate(row.split(size)):
         logits = head(hidden[rows]).float()
@@ -434,8 +414,7 @@ def decode(
 # ---------------------------------------------------------------------------------------------------- stage 3
 
 
-@dataclass(frozen=True)
-class RolloutPlan:
+class RolloutPlan(NamedTuple):
     """The choices that decide how many forward passes a rollout makes: the same on every rank (`plan_rollout`)."""
 
     tokens_per_pass: int

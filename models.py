@@ -50,7 +50,7 @@ class Config:
 
 # ---------------------------------------------------------------------------------------------------- attention
 
-SHORT = 192  # up to this length one padded call trains faster than a call per sequence on CPU (`bench.py attention`)
+SHORT = 192  # up to this length one padded call trains faster than a call per sequence on CPU
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None = None) -> Tensor:

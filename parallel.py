@@ -17,6 +17,7 @@ All modes compute the same: the mean gradient over the micro-batches of all proc
 import contextlib
 import datetime
 import os
+import signal
 import sys
 import traceback
 
@@ -27,6 +28,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+import models
 
 MODES = ("ddp", "zero1", "fsdp")
 
@@ -105,6 +108,41 @@ class Ranks:
 
     def barrier(self) -> None:
         self.all_reduce_max(0)
+
+
+class Stopped(Exception):
+    """All processes agreed to save and stop."""
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM end the run before the next micro-batch, after saving; so do data that cannot be had. A second
+    Ctrl-C ends it at once."""
+
+    def __init__(self, ranks: Ranks, notify):
+        """notify is called when a signal comes, for whoever waits for something."""
+        self.requested, self.status, self.ranks, self.notify = False, 0, ranks, notify
+        self.fault, self.failed = None, False  # what this process met; whether any did
+        signal.signal(signal.SIGTERM, self.receive)
+        signal.signal(signal.SIGINT, self.receive)
+
+    def receive(self, number, frame):
+        self.requested, self.status = True, 130 if number == signal.SIGINT else 0
+        self.notify()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def check(self, work=lambda: None):
+        """What work() returns; raises Stopped on all processes as soon as one has been asked to stop, or work() met a
+        fault. All must call it equally often."""
+        result, fault = None, None
+        try:
+            result = work()
+        except (OSError, ValueError) as e:
+            fault = e
+        verdict = self.ranks.all_reduce_max(2 if fault and not self.requested else int(self.requested))
+        if verdict:
+            self.fault, self.failed = fault if verdict == 2 else None, verdict == 2
+            raise Stopped
+        return result
 
 
 # ---------------------------------------------------------------------------------------------------- the model
@@ -204,6 +242,20 @@ def _rank0_leads(model: nn.Module, ranks: Ranks, function, *args):
     finally:
         hook.remove()
         announce(None)
+
+
+def bf16_autocast(wanted: bool, model: nn.Module, ranks: Ranks) -> torch.autocast:
+    """Products in bf16, if that is wanted and this processor can.
+
+    Without autocast's cache: bf16 copies of weights made in a rollout have no place in the graph of the loss after it.
+    """
+    if wanted and ranks.device.type == "cpu":
+        wanted = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        if wanted:
+            models.pad_rows(model.model)
+        else:
+            ranks.say("--bf16: this processor has no bf16 units and would be 8 times slower; going on in float32")
+    return torch.autocast(ranks.device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -89,22 +89,14 @@ class Ragged:
 
 @dataclass
 class Generated:
-    """What a method returns for one prompt.
+    """What a method returns for one prompt."""
 
-    response  token ids up to the end of the message
-    tokens    the response as it stood in the end: with its end-of-message and whatever stands behind
-    passes    forward passes made, by name
-    draft     the token ids that were edited to become the response; None where there was no draft
-    details   other counts, by name
-    note      a sentence for whoever reads the text, or ""
-    """
-
-    response: list[int]
-    tokens: list[int]
-    passes: dict[str, int]
-    draft: list[int] | None = None
-    details: dict[str, float] = field(default_factory=dict)
-    note: str = ""
+    response: list[int]  # token ids up to the end of the message
+    tokens: list[int]  # the response as it stood in the end: with its end-of-message and whatever stands behind
+    passes: dict[str, int]  # forward passes made, by name
+    draft: list[int] | None = None  # what was edited to become the response, where there was a draft
+    details: dict[str, float] = field(default_factory=dict)  # other counts, by name
+    note: str = ""  # a sentence for whoever reads the text
 
 
 def apply_edits(x: Ragged, op: Tensor, sub_token: Tensor, ins_token: Tensor) -> Ragged:
@@ -153,7 +145,7 @@ def _mix(z: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------- cross-entropy
 
-CHUNK_FLOATS = 1 << 24  # logits held at a time: 64 MB in float32
+CHUNK = 1 << 24  # logits held at a time, in floats: 64 MB
 
 
 def weighted_nll(hidden: Tensor, head: nn.Linear, row: Tensor, token: Tensor, weight: Tensor) -> Tensor:
@@ -189,7 +181,7 @@ class _WeightedNLL(torch.autograd.Function):
             d_bias = torch.zeros_like(bias)
         order = row.argsort()
         row, token, weight = row[order], token[order], weight[order]
-        step = max(1, CHUNK_FLOATS // V)
+        step = max(1, CHUNK // V)
         fences = torch.searchsorted(row, torch.arange(0, N + step, step, device=row.device)).tolist()
         for i, start in enumerate(range(0, N, step)):
             rows, edits = slice(start, start + step), slice(fences[i], fences[i + 1])

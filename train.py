@@ -15,9 +15,8 @@ what four processes see.
 
 import json
 import math
-import signal
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -26,7 +25,7 @@ import lora
 import models
 import parallel
 import toy
-from parallel import ParallelModel, Ranks
+from parallel import ParallelModel, Ranks, Stopped, StopSignal, bf16_autocast
 from plumbing import checkpoints, cli, feed, methods
 from plumbing.log import Log
 from plumbing.tokenizer import MOST_TOKENS, load_tokenizer, train_tokenizer
@@ -126,31 +125,9 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------------------------------------------- set-up
 
 
-@dataclass
-class Run:
-    """What the loop works with."""
-
-    args: object
-    ranks: Ranks
-    out: Path
-    model: ParallelModel
-    tokenizer: object
-    method: object
-    settings: object
-    feed: object
-    optimizer: torch.optim.Optimizer
-    log: Log
-    stop: "StopSignal"
-    autocast: torch.autocast
-    first_step: int
-    steps: int
-    eval_every: int
-    save_every: int
-    position: object = None  # of the feed, where the next step begins
-
-
-def open_run(args, ranks: Ranks) -> Run | None:
-    """Everything opened, built and, for a run found in --output_dir, restored. None when that run is finished."""
+def open_run(args, ranks: Ranks) -> SimpleNamespace | None:
+    """Everything that the loop works with: opened, built and, for a run found in --output_dir, restored. None when that
+    run is finished."""
     out, resume = checkpoints.prepare_output(args, ranks)
     method = methods.get(args.method)
     Feed, records, sample = open_data(args, ranks)  # first of all, for a new tokenizer is trained on them
@@ -176,10 +153,12 @@ def open_run(args, ranks: Ranks) -> Run | None:
         checkpoints.restore(model, optimizer, resume)
     batches.begin(state["step"], state.get("data"))
     checkpoints.clear_output(out, args, ranks)
-    return Run(
-        args, ranks, out, parallel_model, tokenizer, method, settings, batches, optimizer,
-        Log(out, state, steps, args, ranks), StopSignal(ranks), bf16_autocast(args, model, ranks),
-        state["step"], steps, eval_every, save_every, batches.position(),
+    return SimpleNamespace(
+        args=args, ranks=ranks, out=out, method=method, settings=settings, tokenizer=tokenizer, feed=batches,
+        model=parallel_model, optimizer=optimizer, autocast=bf16_autocast(args.bf16, model, ranks),
+        log=Log(out, state, steps, args, ranks), stop=StopSignal(ranks, feed.stop_requested.set),
+        first_step=state["step"], steps=steps, eval_every=eval_every, save_every=save_every,
+        position=batches.position(),  # of the feed, where the next step begins
     )  # fmt: skip
 
 
@@ -247,18 +226,6 @@ def describe(args, model, steps: int, ranks: Ranks) -> str:
     return f"{args.method}, {size}, {steps} steps on {ranks.world} x {ranks.device.type}{mode}"
 
 
-def bf16_autocast(args, model, ranks: Ranks) -> torch.autocast:
-    """Without its cache: bf16 copies of weights made in a rollout have no place in the graph of the loss after it."""
-    enabled = args.bf16
-    if args.bf16 and ranks.device.type == "cpu":
-        enabled = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        if enabled:
-            models.pad_rows(model.model)
-        else:
-            ranks.say("--bf16: this processor has no bf16 units and would be 8 times slower; going on in float32")
-    return torch.autocast(ranks.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
-
-
 def read_state(args, resume: Path, steps: int, ranks: Ranks) -> dict | None:
     """train_state.json of the checkpoint to go on from; None when the run is finished."""
     state = json.loads((resume / checkpoints.STATE).read_text())
@@ -307,47 +274,13 @@ def set_learning_rate(optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def save(run: Run, step: int, name: str) -> Path:
+def save(run, step: int, name: str) -> Path:
     state = {"step": step, "log": run.log.state(), "data": run.feed.gather(run.position)}
     with run.log.paused():
         return checkpoints.save_run(run.out, name, run.model, run.tokenizer, run.optimizer, state, run.args)
 
 
-class Stopped(Exception):
-    """All processes agreed to save and stop."""
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM end the run before the next micro-batch, after saving; so do data that cannot be had. A second
-    Ctrl-C ends it at once."""
-
-    def __init__(self, ranks: Ranks):
-        self.requested, self.status, self.ranks = False, 0, ranks
-        self.fault, self.failed = None, False  # what this process met; whether any did
-        signal.signal(signal.SIGTERM, self.receive)
-        signal.signal(signal.SIGINT, self.receive)
-
-    def receive(self, number, frame):
-        self.requested, self.status = True, 130 if number == signal.SIGINT else 0
-        feed.stop_requested.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def check(self, work=lambda: None):
-        """What work() returns; raises Stopped on all processes as soon as one has been asked to stop, or work() met a
-        fault. All must call it equally often."""
-        result, fault = None, None
-        try:
-            result = work()
-        except (OSError, ValueError) as e:
-            fault = e
-        verdict = self.ranks.all_reduce_max(2 if fault and not self.requested else int(self.requested))
-        if verdict:
-            self.fault, self.failed = fault if verdict == 2 else None, verdict == 2
-            raise Stopped
-        return result
-
-
-def stopped(run: Run, step: int) -> int:
+def stopped(run, step: int) -> int:
     """Saves and says so; returns the exit status. Raises OSError for the fault that stopped the run."""
     saved, stop = save(run, step, str(step)), run.stop
     goes_on = f"saved in {saved}; {checkpoints.resume_hint(run.args)} goes on from there"
@@ -362,7 +295,7 @@ def stopped(run: Run, step: int) -> int:
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate_when_due(run: Run, step: int) -> None:
+def evaluate_when_due(run, step: int) -> None:
     due = step and (step % run.eval_every == 0 or step == run.steps) and run.args.eval_strategy != "no"
     if due and run.feed.eval and run.log.last_eval < step:
         with run.log.paused(), run.autocast, run.model.inference():
@@ -372,7 +305,7 @@ def evaluate_when_due(run: Run, step: int) -> None:
             run.model.reshard()
 
 
-def evaluate(run: Run) -> dict[str, float]:
+def evaluate(run) -> dict[str, float]:
     """Mean loss on the held-out examples. The noise depends on the batch number alone, so that figures compare.
 
     Batches that are computed at the same time share the choices of a rollout, as in training; so groups of 8 do (or of
@@ -394,7 +327,7 @@ def evaluate(run: Run) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in run.ranks.mean(sums, counts).items()}
 
 
-def show_samples(run: Run) -> None:
+def show_samples(run) -> None:
     """A few held-out prompts answered: the loss says how well it learns, the texts say what."""
     examples = run.feed.eval[: run.args.eval_samples]
     if not examples:

@@ -347,9 +347,9 @@ def config_as_json(config: models.Config) -> dict:
 
 def build(config: models.Config) -> nn.Module:
     """The model of a configuration: its backbone under the heads of its method."""
-    method = methods.get(config.nanoedit["method"])
-    c = config
-    model = method.Model(models.backbone(c), c.hidden_size, c.vocab_size, c.vocab_bias, c.nanoedit)
+    config.nanoedit = methods.complete(config.nanoedit)
+    head_sizes = config.hidden_size, config.vocab_size, config.vocab_bias
+    model = methods.get(config.nanoedit["method"]).Model(models.backbone(config), *head_sizes, config.nanoedit)
     model.config = config
     return model
 
@@ -593,7 +593,8 @@ def save_run(out: Path, name: str, model: parallel.ParallelModel, tokenizer, opt
                 save_file(moments, partial / "optimizer.safetensors")
                 write_json(partial / STATE, state | {"args": vars(args)})
         except (OSError, SafetensorError) as e:
-            raise OSError(f"{target}: cannot be saved ({e}); {resume_hint(args)} goes on from the last one") from e
+            hint = f"{resume_hint(args)} goes on from the last checkpoint"
+            raise OSError(f"{target}: cannot be saved ({e}); {hint}") from e
         for old in checkpoints(out)[: -args.save_total_limit]:
             remove(old)
     ranks.barrier()

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import operator
 import sys
 from dataclasses import dataclass
@@ -30,24 +31,21 @@ class number:
     below: float | None = None
 
     def __call__(self, text: str):
-        try:
-            value = self.kind(text)
-        except ValueError:
-            what = "a whole number" if self.kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"expected {what}, got {shortened(text)}") from None
-        if value != value or value in (float("inf"), float("-inf")):
-            raise argparse.ArgumentTypeError(f"expected a finite number, got {shortened(text)}")
+        high = LARGEST if self.kind is int and self.high is None else self.high
         bounds = [
             ("at least", self.low, operator.ge), ("above", self.above, operator.gt),
-            ("at most", self.high, operator.le), ("below", self.below, operator.lt),
+            ("at most", high, operator.le), ("below", self.below, operator.lt),
         ]  # fmt: skip
-        if self.kind is int and self.high is None and value > LARGEST:
-            bounds = [("at most", LARGEST, operator.le)]
         bounds = [bound for bound in bounds if bound[1] is not None]
-        if not all(holds(value, limit) for _, limit, holds in bounds):
-            words = " and ".join(f"{word} {limit}" for word, limit, _ in bounds)
-            raise argparse.ArgumentTypeError(f"expected a number {words}, got {shortened(text)}")
-        return value
+        try:
+            value = self.kind(text)
+            if math.isfinite(value) and all(holds(value, limit) for _, limit, holds in bounds):
+                return value
+        except (ValueError, OverflowError):
+            pass
+        what = "a whole number" if self.kind is int else "a number"
+        words = " and ".join(f"{word} {limit}" for word, limit, _ in bounds)
+        raise argparse.ArgumentTypeError(f"expected {what} {words}, got {shortened(text)}")
 
 
 def text(text: str) -> str:

@@ -52,6 +52,13 @@ def of(model):
     return get(model.config.nanoedit["method"])
 
 
+def complete(stored: dict) -> dict:
+    """What a checkpoint remembers, with defaults for what it does not say."""
+    f, method = cli.Flags(""), get(stored["method"])
+    method.model_flags(f)
+    return stored | method.remember(f.parse_args([]), stored)
+
+
 def recognise(tensor_names) -> str | None:
     """The method whose heads are among the tensors of a checkpoint that does not say."""
     fitting = (name for name, m in METHODS.items() if all(f"{head}.weight" in tensor_names for head in m.HEADS))

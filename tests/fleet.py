@@ -63,14 +63,14 @@ class Fleet:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(p.pid, number)
 
-    def until(self, condition, seconds: float = 60) -> None:
+    def until(self, condition, seconds: float = 300) -> None:
         """Waits for the condition, or until all processes have ended."""
         end = time.monotonic() + seconds
         while not condition() and any(p.is_alive() for p in self.processes):
             assert time.monotonic() < end, self.said()
             time.sleep(0.002)
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = 300) -> list[int]:
         """Exit statuses. Processes that are still there after so many seconds are killed and reported."""
         end = time.monotonic() + seconds
         for p in self.processes:

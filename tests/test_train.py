@@ -400,14 +400,14 @@ def test_ctrl_c_and_errors_as_the_shell_sees_them(tmp_path):
     while run.poll() is None and not (out / "metrics.jsonl").exists():
         time.sleep(0.05)
     run.send_signal(signal.SIGINT)
-    _, err = run.communicate(timeout=120)
+    _, err = run.communicate(timeout=300)
     assert run.returncode == 130, err
     assert "Traceback" not in err
     (saved,) = checkpoints.checkpoints(out)
     assert f"saved in {saved}" in err
     assert checkpoints.load(out).config.nanoedit["method"] == "editflow"
 
-    _, err = bad.communicate(timeout=120)
+    _, err = bad.communicate(timeout=300)
     assert bad.returncode == 2
     assert "error: argument --schedule: schedule 'quartic' is not known; choose from linear" in err.splitlines()[-1]
     assert "Traceback" not in err
