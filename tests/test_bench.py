@@ -7,7 +7,7 @@ import pytest
 import bench
 
 TINY = {
-    "edit_distance": "--lengths 16 --noise 0.3 --pairs 2", "attention": "", "packing": "--data toy[train:20]",
+    "edit_distance": "--lengths 16 --noise 0.3 --pairs 2",
     "loss": "--hidden 64 --layers 1 --vocab 300 --length 12 --batch 2",
     "sampling": "--hidden 64 --layers 1 --vocab 300 --steps 4 --batch 2",
     "decode": "--hidden 64 --layers 1 --vocab 300 --length 6 --batch 2", "rollout": "--preset tiny --batch 2",
