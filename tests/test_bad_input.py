@@ -275,7 +275,6 @@ FIELDS = [  # (file, scripts that read it, fields, values that none of these can
     (INDEX, ALL, "weight_map", [5, "x", None, [], {"a": 5}, {"a": None}, {"a": ["b"]}], INDEX),
     (INDEX, ALL, "weight_map", [{"a": "nowhere"}, {}], "shards"),
     (f"{FINAL}/train_state.json", "train", "step args", ["x", None, []], "train_state.json"),
-    ("evaluation/toy.rank0.jsonl", "evaluate", "response prompt right valid tokens seconds mask_passes", [{}, []]),
     ("humaneval.jsonl", "evaluate", "prompt test entry_point", [5, None, [], "\ud800"]),
     ("mbpp.jsonl", "evaluate", "test_list test_imports draft", [5, {"a": 1}, [5], ["\ud800"]]),
 ]  # fmt: skip
