@@ -50,8 +50,8 @@ from sample import check_writable, draft_ids
 
 # --------------------------------------------------------------------------- finding the answer, and judging it
 #
-# A check takes the record of a sample and the text of a response, and says whether it is right. Its docstring is the
-# rule, which the summary quotes.
+# A check takes the record of a sample and the text of a response, and says whether it is right.
+# Its docstring is the rule, which the summary quotes.
 
 NUMBER = re.compile(r"(?:(?<![\w)}])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
 FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -135,9 +135,6 @@ def toy_check(record: dict, response: str) -> dict[str, bool]:
     return {"right": right, "valid": valid}
 
 
-# ------------------------------------------------------------------------------------------------------ the table
-
-
 @dataclass(frozen=True)
 class Task:
     question: Callable[[dict], str]  # record -> what the user asks
@@ -156,24 +153,25 @@ CODE = "You are an intelligent programming assistant to produce Python algorithm
 
 TASKS = {
     "gsm8k": Task(
-        hub="openai/gsm8k/main", file="gsm8k_test.jsonl", fields=("question", "answer"),
-        system=MATH, question=lambda record: record["question"],
-        check=gsm8k_check,
+        hub="openai/gsm8k/main", file="gsm8k_test.jsonl",
+        fields=("question", "answer"), question=lambda record: record["question"],
+        system=MATH, check=gsm8k_check,
     ),
     "math500": Task(
-        hub="HuggingFaceH4/MATH-500", file="math500.jsonl", fields=("problem", "answer"),
-        system=MATH, question=lambda record: record["problem"],
-        check=math_check, package="math_verify",
+        hub="HuggingFaceH4/MATH-500", file="math500.jsonl",
+        fields=("problem", "answer"), question=lambda record: record["problem"],
+        system=MATH, check=math_check, package="math_verify",
     ),
     "humaneval": Task(
-        hub="openai/openai_humaneval", file="humaneval.jsonl", fields=("prompt", "test", "entry_point"),
-        system=CODE, question=lambda record: f"```python\n{record['prompt'].strip()}\n```",
-        check=humaneval_check, program=humaneval_program,
+        hub="openai/openai_humaneval", file="humaneval.jsonl",
+        fields=("prompt", "test", "entry_point"),
+        question=lambda record: f"```python\n{record['prompt'].strip()}\n```",
+        system=CODE, check=humaneval_check, program=humaneval_program,
     ),
     "mbpp": Task(
-        hub="evalplus/mbppplus", file="mbpp.jsonl", fields=("prompt",),
-        system=CODE, question=mbpp_question,
-        check=mbpp_check, program=lambda record, response: code(response),
+        hub="evalplus/mbppplus", file="mbpp.jsonl",
+        fields=("prompt",), question=mbpp_question,
+        system=CODE, check=mbpp_check, program=lambda record, response: code(response),
     ),
     "toy": Task(question=lambda record: record["messages"][0]["content"], check=toy_check, init_num=24),
 }  # fmt: skip
@@ -190,10 +188,8 @@ class Sample:
 
 
 def load_samples(name: str, source: str, limit: int | None, seed: int, system: str | None) -> list[Sample]:
-    """The first `limit` samples of a task, from a file, folder or hub dataset. system: instead of the task's.
-
-    Raises ValueError / OSError naming the file and line.
-    """
+    """The first `limit` samples of a task, from a file, folder or hub dataset. system: instead of the task's. Raises
+    ValueError / OSError naming the file and line."""
     task = TASKS[name]
     if task.package and not importlib.util.find_spec(task.package):
         raise ValueError(f"--task {name} needs {task.package} to judge answers: pip install {task.package}")
@@ -278,11 +274,11 @@ def read_rows(name: str, out: Path) -> dict[str, dict]:
                 row = json.loads(line)
                 rows[row["key"]] = row
             except (ValueError, TypeError, KeyError, RecursionError):
-                raise ValueError(f"{path}:{number}: not a row; move the file away to start anew") from None
+                raise ValueError(f"{path}:{number}: not a row; move the file away") from None
     return rows
 
 
-def answer_samples(name, samples, generate, out: Path, rank: int = 0, world: int = 1, batch_size: int = 8) -> None:
+def answer_samples(name, samples, generate, out: Path, rank=0, world=1, batch_size=8) -> None:
     """This rank's share of a task: appends a row for every sample that has none yet."""
     rows = read_rows(name, out)
     pending = [sample for sample in samples[rank::world] if sample.key not in rows]
@@ -296,9 +292,9 @@ def answer_samples(name, samples, generate, out: Path, rank: int = 0, world: int
             answers = generate(batch)
             seconds = (time.perf_counter() - started) / len(batch)
             for sample, answer in zip(batch, answers, strict=True):
-                row = {"key": sample.key, "task": name, "id": sample.id, "prompt": sample.messages[-1]["content"]}
-                row |= answer | {"seconds": seconds}
-                file.write(json.dumps(row).encode() + b"\n")
+                row = {"key": sample.key, "id": sample.id, "prompt": sample.messages[-1]["content"]}
+                line = json.dumps(row | answer | {"seconds": seconds}) + "\n"
+                file.write(line.encode())
                 file.flush()
                 bar.update()
 
@@ -316,14 +312,16 @@ def judge(name: str, samples: list[Sample], out: Path, may_run: bool = False) ->
         records = [sample.record for sample, _ in answered]
         texts = [row[kind] for _, row in answered]
         if task.program:
+            ids = [sample.id for sample, _ in answered]
             programs = map(task.program, records, texts)
-            lines = [{"task_id": row["id"], "solution": program} for (_, row), program in zip(answered, programs)]
+            lines = [{"task_id": id, "solution": program} for id, program in zip(ids, programs)]
             write_rows(out / f"evalplus_{name}_{kind}.jsonl", lines)
             if not may_run:
                 continue
         with ThreadPoolExecutor(max(1, os.cpu_count() // 2)) as pool:
-            judged = (pool.map if task.program else map)(task.check, records, texts)  # math-verify dislikes threads
-            for (_, row), verdicts in zip(answered, tqdm(judged, f"{name}, judging", len(texts))):
+            work = pool.map if task.program else map  # math-verify works in the main thread alone
+            judged = tqdm(work(task.check, records, texts), f"{name}, judging", len(texts))
+            for (_, row), verdicts in zip(answered, judged):
                 row["verdicts"] |= {f"{kind} {verdict}": holds for verdict, holds in verdicts.items()}
     write_rows(out / f"{name}.jsonl", rows)
     return rows
@@ -340,7 +338,7 @@ def evalplus(name: str, samples: Path) -> dict | str:
     command = [sys.executable, "-m", "evalplus.evaluate", "--dataset", name, "--samples", str(samples)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     scores = re.findall(r"pass@1:\s*([0-9.]+)", done.stdout)
-    if done.returncode == 0 and len(scores) == 2:
+    if len(scores) == 2:
         return {"base": float(scores[0]), "plus": float(scores[1])}
     return "failed: " + (done.stderr.strip().splitlines() or ["without a message"])[-1]
 
@@ -352,7 +350,8 @@ def summarise(rows: list[dict]) -> dict:
     for verdict in dict.fromkeys(verdict for row in rows for verdict in row["verdicts"]):
         given = [row["verdicts"][verdict] for row in rows if verdict in row["verdicts"]]
         p = fmean(given)
-        verdicts[verdict] = {"percent": 100 * p, "standard_error": 100 * sqrt(p * (1 - p) / len(given))}
+        error = sqrt(p * (1 - p) / len(given))
+        verdicts[verdict] = {"percent": 100 * p, "standard_error": 100 * error}
     passes = {count: fmean(row["passes"][count] for row in rows) for count in rows[0]["passes"]}
     speed = sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows)
     return {"n": len(rows), "verdicts": verdicts, "passes": passes, "tokens_per_second": speed}
@@ -366,14 +365,16 @@ def report(name: str, samples: list[Sample], args) -> dict:
         print(f"{row['prompt']}  ->  {row['response']}    {row['verdicts'] or 'not judged'}")
     summary = summarise(rows) | {"judge": task.check.__doc__}
     passes = [f"{mean:.1f} {count.replace('_', ' ')}" for count, mean in summary["passes"].items()]
-    print(f"{name}, {len(rows)} samples:", *passes, f"{summary['tokens_per_second']:.1f} tokens/s", sep="   ")
+    speed = f"{summary['tokens_per_second']:.1f} tokens/s"
+    print(f"{name}, {len(rows)} samples:", *passes, speed, sep="   ")
     for verdict, found in summary["verdicts"].items():
         print(f"    {verdict:15}", "{percent:5.1f} ± {standard_error:.1f} %".format(**found))
     if task.program and not args.allow_code_execution:
         print(f"    programs were written to {out} and not run; --allow_code_execution runs them")
     elif task.program and args.limit is None and importlib.util.find_spec("evalplus"):
         kinds = [kind for kind in TEXTS if rows[0][kind] is not None]
-        summary["evalplus"] = {kind: evalplus(name, out / f"evalplus_{name}_{kind}.jsonl") for kind in kinds}
+        files = {kind: out / f"evalplus_{name}_{kind}.jsonl" for kind in kinds}
+        summary["evalplus"] = {kind: evalplus(name, file) for kind, file in files.items()}
         print(f"    pass@1 by evalplus: {summary['evalplus']}")
     return summary
 
@@ -402,15 +403,18 @@ def parse_args(argv=None):
     for name, path in given:
         if not path or name not in args.task or name in toy.SOURCES or len(dict(given)) < len(given):
             f.error(f"--data {name}={path}: expected TASK=PATH, once for a task that --task names and that reads data")
-    inside = {n: os.path.join(args.data_dir, TASKS[n].file) for n in args.task if args.data_dir and TASKS[n].file}
-    args.data = {name: TASKS[name].hub for name in args.task} | inside | dict(given)
+    args.data = {name: TASKS[name].hub for name in args.task}
+    if args.data_dir:
+        args.data = {name: hub and f"{args.data_dir}/{TASKS[name].file}" for name, hub in args.data.items()}
+    args.data |= dict(given)
     return args
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    samples = {n: load_samples(n, path, args.limit, args.seed, args.system_prompt) for n, path in args.data.items()}
+    which = args.limit, args.seed, args.system_prompt
+    samples = {name: load_samples(name, source, *which) for name, source in args.data.items()}
     out = Path(args.output_dir)
     for name in samples:
         check_writable(out / f"{name}.rank{rank}.jsonl")
@@ -427,8 +431,9 @@ def main(argv=None) -> None:
         dist.barrier()
         dist.destroy_process_group()
     if rank == 0:
-        tasks = {name: report(name, samples[name], args) | {"settings": prepared[name][0]} for name in samples}
-        checkpoints.write_json(out / "summary.json", {"args": vars(args), "tasks": tasks})
+        tasks = {name: report(name, samples[name], args) for name in samples}
+        settings = {name: settings for name, (settings, _) in prepared.items()}
+        checkpoints.write_json(out / "summary.json", {"args": vars(args), "settings": settings, "tasks": tasks})
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ TIMEOUT = 10.0  # seconds of wall clock, interpreter start included
 MEMORY = 1 << 30  # bytes of address space
 FILE_SIZE = 16 << 20  # bytes, per file
 OPEN_FILES = 64
-REASON_LENGTH = 200  # characters of an error message that are kept: a pipe takes so short a report in one piece
+REASON_LENGTH = 200  # characters of an error message: a pipe takes so short a report in one piece
 
 
 def run(program: str, tests: str, timeout: float = TIMEOUT, memory: int = MEMORY) -> str:
@@ -63,10 +63,12 @@ def run(program: str, tests: str, timeout: float = TIMEOUT, memory: int = MEMORY
     token = secrets.token_hex(16)
     task = {"token": token, "program": program, "tests": tests, "memory": memory, "cpu": int(timeout) + 1}
     home = tempfile.mkdtemp(prefix="nanoedit-")
-    variables = {"PATH": os.defpath, "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8"}
-    variables["PYTHONHASHSEED"] = "0"  # or the order of a set of strings, and a verdict with it, changes between runs
-    variables["OPENBLAS_NUM_THREADS"] = "1"  # numpy would start threads when imported, and may not
-    command = [sys.executable, "-P", "-s", "-B", os.path.abspath(__file__)]  # isolated as by -I, but for the variables
+    variables = {
+        "PATH": os.defpath, "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8",
+        "PYTHONHASHSEED": "0",  # or the order of a set of strings, and some verdicts, would change from run to run
+        "OPENBLAS_NUM_THREADS": "1",  # numpy would start threads when imported, and may not
+    }  # fmt: skip
+    command = [sys.executable, "-P", "-s", "-B", os.path.abspath(__file__)]  # -I, but with our variables
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
         with subprocess.Popen(command, cwd=home, env=variables, start_new_session=True, **pipes) as child:
@@ -105,8 +107,9 @@ def _child() -> None:
     task = json.load(sys.stdin)
     pipe = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    report = {"setup_error": "", "landlock": 0, "verdict": "passed"}
-    module = sys.modules["program"] = types.ModuleType("program")  # a real one: dataclasses and pickle look theirs up
+    report = {"setup_error": "", "landlock": 0, "verdict": ""}
+    module = types.ModuleType("program")
+    sys.modules["program"] = module  # dataclasses and pickle look theirs up
     execute, write, leave, dumps = exec, os.write, os._exit, json.dumps  # before the program can replace them
     try:
         report["landlock"] = _confine(task["memory"], task["cpu"])
@@ -118,6 +121,7 @@ def _child() -> None:
             stages = [compile(task[part], f"<{part}>", "exec") for part in ("program", "tests")]
             for stage in stages:
                 execute(stage, module.__dict__)
+            report["verdict"] = "passed"
         except BaseException as error:  # SystemExit too: leaving early is not passing
             report["verdict"] = f"{type(error).__name__}: {error}".split("\n")[0][:REASON_LENGTH]
     write(pipe, (task["token"] + dumps(report)).encode())
@@ -191,11 +195,9 @@ def _landlock(call, home: str) -> int:
     scoped = 0b11 if version >= 6 else 0  # abstract Unix sockets, signals
     rules = call("syscall", create_ruleset, struct.pack("=3Q", changes | execute, tcp, scoped), 24, 0)
     for path, allowed in ((home, changes), (os.devnull, 1 << 1)):
-        folder = os.open(path, os.O_PATH)
-        call("syscall", add_rule, rules, 1, struct.pack("=Qi", allowed, folder), 0)
-        os.close(folder)
+        rule = struct.pack("=Qi", allowed, os.open(path, os.O_PATH))
+        call("syscall", add_rule, rules, 1, rule, 0)
     call("syscall", restrict_self, rules, 0)
-    os.close(rules)
     return version
 
 

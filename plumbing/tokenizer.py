@@ -128,7 +128,7 @@ class Tokenizer:
         """
         if not self.chat_template:
             raise ValueError("the tokenizer has no chat template: pass --chat_template False, or add the template")
-        context = {"tools": None, "documents": None, **_special_names(self.config)}
+        context = _special_names(self.config) | {"tools": None, "documents": None}
         context |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             return _compile_template(self.chat_template).render(context)
@@ -273,8 +273,9 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
     """
     special = [*SPECIAL_TOKENS.values(), "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(special) + len(alphabet):
-        raise ValueError(f"a vocabulary of {vocab_size} is too small: {len(special) + len(alphabet)} is the least")
+    least = len(special) + len(alphabet)
+    if vocab_size < least:
+        raise ValueError(f"a vocabulary of {vocab_size} is too small: {least} is the least")
     backend = tokenizers.Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
