@@ -11,8 +11,10 @@ import re
 from itertools import product
 
 import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
 
-from plumbing.tokenizer import Tokenizer, word_tokenizer
+from plumbing.tokenizer import NEW_CONFIG, SPECIAL_TOKENS, Tokenizer
 
 SOURCES = ("toy", "toy-repair")  # their names in a dataset spec; toy-repair has drafts
 HELD_OUT = 304  # of 1008 prompts
@@ -121,5 +123,15 @@ VOCABULARY = sorted({*"0123456789", *NAMES, *STEPS, *words(re.sub(r"\{\w+\}", " 
 
 
 def tokenizer() -> Tokenizer:
-    """One token per word and digit of the toy task: 50 or so."""
-    return word_tokenizer(VOCABULARY)
+    """One token per word, digit or mark of the toy task: 50 or so. In the text no space stands before . and :, between
+    digits, or before a comma behind a digit; so any row of tokens is written as a text that is read as the same tokens.
+    """
+    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS.values(), "<|unk|>", *VOCABULARY])}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
+    backend.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    marks = pre_tokenizers.Split(Regex(r"\d|(?<=\d),|[.:]"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), marks])
+    spaces = decoders.WordPiece(prefix="\0", cleanup=False)  # no word begins with its "continued" mark: always a space
+    no_space = decoders.Replace(Regex(r" (?=[.:])|(?<=\d) (?=[\d,])"), "")
+    backend.decoder = decoders.Sequence([spaces, decoders.Fuse(), no_space])
+    return Tokenizer(backend, NEW_CONFIG | {"unk_token": "<|unk|>"})
