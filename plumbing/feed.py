@@ -28,7 +28,6 @@ import math
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import chain, count, islice, takewhile
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -107,26 +106,23 @@ class _Ranges(AbstractBufferedFile):
 
 def find_files(name: str) -> list:
     """The files a name of a dataset spec stands for: Paths and RemoteFiles. Raises ValueError or OSError."""
-    if name.startswith(("http://", "https://")):
-        files = [RemoteFile(name)]
-    elif os.path.exists(name) or name.count("/") == 0 or data.suffix(name) in data.READERS:
-        files = data.data_files(name)
-    else:
-        owner, dataset, *folder = name.split("/")
-        try:
-            info = HfApi().dataset_info(f"{owner}/{dataset}", files_metadata=True)
-        except Exception as e:  # the hub client raises a dozen unrelated classes
-            raise data.no_dataset(name, e) from e
-        files = [
-            RemoteFile(hf_hub_url(info.id, s.rfilename, repo_type="dataset", revision=info.sha), s.size)
-            for s in sorted(info.siblings, key=lambda s: s.rfilename)
-            if s.rfilename.startswith("/".join([*folder, ""])) and data.is_data(s.rfilename)
-        ]
+    is_url = name.startswith(("http://", "https://"))
+    files = [RemoteFile(name)] if is_url else data.data_files(name, remote_files)
     streamed = [suffix for suffix in data.READERS if suffix != ".json"]
-    for file in files or [name]:
+    for file in files:
         if data.suffix(file) not in streamed:
             raise ValueError(f"{file}: cannot be streamed; use {', '.join(streamed)}, or one of these with .gz")
     return files
+
+
+def remote_files(repository: str, folder: str) -> list[RemoteFile]:
+    """The data files of a hub dataset, in the version of this moment."""
+    info = HfApi().dataset_info(repository, files_metadata=True)
+    return [
+        RemoteFile(hf_hub_url(info.id, s.rfilename, repo_type="dataset", revision=info.sha), s.size)
+        for s in sorted(info.siblings, key=lambda s: s.rfilename)
+        if s.rfilename.startswith(os.path.join(folder, "")) and data.is_data(s.rfilename)
+    ]
 
 
 def is_cuttable(file) -> bool:
@@ -137,20 +133,17 @@ def is_cuttable(file) -> bool:
 def read_piece(file, start: int = 0, end: int | None = None, step: int = 1, skip: int = 0) -> Iterator[tuple]:
     """(place, record), as data.read_file gives them, without the first `skip`. Of a cuttable file: the lines that begin
     at bytes start to end. Of another: records start, start + step, ..."""
-    suffix = data.suffix(file)
+    is_text = data.suffix(file) == ".txt"
     if is_cuttable(file):
-        lines, start, step = read_lines(file, start, end), 0, 1
+        parse = data.parse_txt if is_text else data.parse_jsonl
+        records, start, step = parse(read_lines(file, start, end)), 0, 1
     else:
-        lines = data.numbered_lines(file)
-    if suffix == ".txt":
-        records = stretches(lines)
-    else:
-        records = data.parse_jsonl(lines) if suffix == ".jsonl" else data.read_file(file)
-    return islice(records, start + skip * step, None, step)
+        records = data.read_file(file)
+    return islice(stretches(records) if is_text else records, start + skip * step, None, step)
 
 
-def read_lines(file, start: int, end: int | None) -> Iterator[tuple[str, str | ValueError]]:
-    """The lines that begin at bytes start to end. The one around `start` began before, and belongs to another piece."""
+def read_lines(file, start: int, end: int | None) -> Iterator[tuple[str, bytes]]:
+    """(place, line) of those that begin at bytes start to end. The one around `start` belongs to the piece before."""
     with file.open("rb") as f:
         at = start
         if start:
@@ -159,19 +152,16 @@ def read_lines(file, start: int, end: int | None) -> Iterator[tuple[str, str | V
         while (end is None or at < end) and (line := f.readline(LONGEST_LINE)):
             if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
                 raise ValueError(f"{file}: byte {at}: a line of more than {LONGEST_LINE >> 20} MB")
-            yield f"{file}: byte {at}", data.decode_line(line)
+            yield f"{file}: byte {at}", line
             at += len(line)
 
 
-def stretches(lines) -> Iterator[tuple[str, dict | ValueError]]:
+def stretches(lines) -> Iterator[tuple[str, dict]]:
     """The lines of a text in records of some 16,000 characters."""
     begin = text = ""
     for place, line in lines:
-        if isinstance(line, ValueError):
-            yield place, line
-            continue
         begin = begin or place
-        text += line
+        text += line["corpus"]
         if len(text) >= STRETCH:
             yield begin, {"corpus": text}
             begin = text = ""
@@ -239,25 +229,17 @@ class Corpus:
     def records(self, piece: tuple, skip: int = 0) -> Iterator[tuple[int, str, list[dict]]]:
         """(number of the next record, place, [the record in normal form]) without the first `skip`; [] for a broken one
         that is left out. Raises ValueError with its place."""
-        for number, (place, record) in enumerate(read_piece(*piece, skip=skip), skip + 1):
-            normal = []
-            try:
-                if isinstance(record, ValueError):
-                    raise record
-                form = self.form_of(piece[0]) or data.detect_form(record, self.text_field)
-                normal = [record if form == "corpus" else data.normalise(record, form, self.text_field)]
-            except ValueError as error:
-                self.bad += data.bad_record(place, error, self.skip_bad)
+        form = self.form_of(piece[0])
+        usable = data.usable(read_piece(*piece, skip=skip), self.text_field, self.skip_bad, form)
+        for number, (place, _, normal) in enumerate(usable, skip + 1):
+            self.bad += not normal
             yield number, place, normal
 
     def form_of(self, file) -> str | None:
-        """That of the file's first readable record, whichever record this process happens to read first."""
+        """That of the file's first usable record, whichever record this process happens to read first."""
         if file not in self.forms:
-            self.forms[file] = "corpus" if data.suffix(file) == ".txt" else None
-            for _, first in () if self.forms[file] else read_piece(file):
-                with suppress(ValueError):  # said when its turn comes
-                    self.forms[file] = data.detect_form(first, self.text_field)
-                    break
+            usable = data.usable(read_piece(file), self.text_field, skip_bad=True)
+            self.forms[file] = next((form for _, form, normal in usable if normal), None)
         return self.forms[file]
 
     def shards(self, world: int) -> int:
@@ -371,15 +353,18 @@ class MemoryFeed(Feed):
     def __init__(self, args, method, settings, tokenizer, train_records, eval_records, ranks):
         super().__init__(args, method, settings, tokenizer, ranks)
         self.train = self.encode(train_records, progress=ranks.is_main)
-        held_out = self.encode(eval_records, recut=False, all_may_be_too_long=True)
+        held_out = self.encode(eval_records, recut=False)
         self.eval = self.pad(held_out.examples)
         for e in self.train.examples + held_out.examples:
             self.check(e)
-        if not len(self.train):
-            raise ValueError(f"--dataset_args {args.dataset_args}: nothing to train on")
         for part, kind in ((self.train, ""), (held_out, "held-out ")):
             if part.too_long:
-                ranks.say(f"{part.too_long} {kind}samples longer than --max_length {args.max_length} left out")
+                n = len(part.too_long)
+                ranks.say(f"{n} {kind}samples longer than --max_length {args.max_length} left out")
+        too_long = self.train.too_long
+        if not len(self.train):
+            shortest = f": samples of {min(too_long, default=0)} tokens and more, longer than --max_length {args.max_length}"
+            raise ValueError(f"--dataset_args {args.dataset_args}: nothing to train on{shortest if too_long else ''}")
         tokens = sum(len(e) for e in self.rows())
         ranks.say(f"{len(self.train)} examples an epoch, {tokens} tokens; {len(self.eval)} held out")
         self.steps_per_epoch = len(self.epoch(0)) / self.group
@@ -415,8 +400,8 @@ class StreamedFeed(Feed):
         found = []
         texts = [{"text": r["corpus"]} for r in records if "corpus" in r]  # of which none is the end of anything
         for part, options in ((texts, {"insert_eos": False}), ([r for r in records if "corpus" not in r], {})):
-            encoded = self.encode(part, all_may_be_too_long=True, **options)
-            self.corpus.too_long += encoded.too_long
+            encoded = self.encode(part, **options)
+            self.corpus.too_long += len(encoded.too_long)
             for e in encoded.examples:
                 try:
                     self.check(e)
