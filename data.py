@@ -11,8 +11,7 @@ The normal forms of a record:
     {"text": str}                               a document; one longer than --max_length becomes several examples
     {"messages": [...], "response": str, "draft": str | None}
                                                 a dialogue and its answer; with a draft, the answer is an edited draft
-    {"corpus": str}                             a line of a .txt file; the lines of all are cut into examples anew in
-                                                every epoch
+    {"corpus": str}                             a stretch of a .txt file; all are cut into examples anew in every epoch
 
 A record that cannot be read travels as the ValueError that says why, from its reader to `normalise`, which raises it;
 so whoever consumes records skips or reports a broken one in one place. What spoils the rest of a file is raised at
@@ -20,6 +19,7 @@ once. Every such error is one line that begins with the file and the line or rec
 """
 
 import csv
+import glob
 import gzip
 import io
 import json
@@ -78,17 +78,18 @@ def read_file(path) -> Iterator[tuple[str, dict | ValueError]]:
     """(place, record) for every record of a Path, or of what has its `name` and `open("rb")`.
 
     The place is "file:line", or "file: record 7" where lines say little. A file that is none of READERS is read as
-    plain text. Raises ValueError, with the file's name, where the rest of it cannot be read, and OSError.
+    plain text. Raises OSError, and ValueError where the rest cannot be read, with the place of the last good record.
     """
+    place = ""
     try:
         with path.open("rb") as packed:
             file = gzip.GzipFile(fileobj=packed) if path.name.endswith(".gz") else packed
             for place, record in READERS.get(suffix(path), READERS[".txt"])(file):
                 yield f"{path}{place}", record
-    except Exception as error:  # those of gzip, zlib, json and pyarrow have little in common
+    except Exception as error:  # those of gzip, zlib, csv, json and pyarrow have little in common
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
             raise
-        raise ValueError(f"{path}: cannot be read to its end ({error})") from error
+        raise ValueError(f"{path}{place}: cannot be read {'from here on ' if place else ''}({error})") from error
 
 
 def suffix(path) -> str:
@@ -97,8 +98,17 @@ def suffix(path) -> str:
 
 
 def decode(line: bytes) -> str:
-    """What is not UTF-8 becomes half characters, which are refused in the fields that are used."""
+    """What is not UTF-8 becomes half characters, for `check_utf8` to refuse in the fields that are used."""
     return line.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n")
+
+
+def check_utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        wrong = f"{text[error.start]!r}, character {error.start + 1}"
+        raise ValueError(f"not UTF-8 ({wrong}); convert the file, say with iconv") from None
+    return text
 
 
 def parse_json(text: str):
@@ -120,9 +130,20 @@ def parse_jsonl(lines: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, dict 
             yield place, record
 
 
-def parse_txt(lines: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, dict]]:
-    """(place, record) from (place, line): every line is a record of its own."""
-    return ((place, {"corpus": decode(line)}) for place, line in lines)
+def parse_txt(lines: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, dict | ValueError]]:
+    """(place, record) from (place, line): stretches of some 16,000 characters."""
+    begin = text = ""
+    for place, line in lines:
+        try:
+            text += check_utf8(decode(line))
+            begin = begin or place
+        except ValueError as error:
+            yield place, error
+        if len(text) >= STRETCH:
+            yield begin, {"corpus": text}
+            begin = text = ""
+    if text.strip():
+        yield begin, {"corpus": text}
 
 
 def _numbered(items: Iterable, before: str) -> Iterator[tuple[str, object]]:
@@ -143,14 +164,7 @@ def _read_csv(file):
     """The first line names the fields."""
     csv.field_size_limit(2**31 - 1)  # the default refuses documents of more than 128 kB
     rows = csv.DictReader(map(decode, file), strict=True)
-    while True:
-        try:
-            record = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            record = ValueError(f"not CSV ({error})")
-        yield f":{rows.reader.line_num}", record  # that of `rows` lags behind after an error
+    return ((f":{rows.line_num}", row) for row in rows)
 
 
 def _read_parquet(file):
@@ -164,6 +178,8 @@ def _read_parquet(file):
     return _numbered(chain.from_iterable(batches), ": record ")
 
 
+STRETCH = 1 << 14  # characters of a .txt file that make a record
+LINES = {".txt": parse_txt, ".jsonl": parse_jsonl}
 READERS = {
     ".txt": lambda file: parse_txt(_numbered(file, ":")),
     ".jsonl": lambda file: parse_jsonl(_numbered(file, ":")),
@@ -185,7 +201,7 @@ def data_files(name: str, hub_files=None) -> list:
     """
     path = Path(name)
     if path.exists():
-        files = _files_in(path)
+        files = _inside(path)
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", name) or suffix(path) in READERS:
         raise ValueError(f"{name}: no such file or folder (nor a hub dataset owner/name, nor toy or toy-repair)")
     else:
@@ -195,27 +211,21 @@ def data_files(name: str, hub_files=None) -> list:
         except Exception as error:  # the hub client raises a dozen unrelated classes
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise OSError(f"{name}: no such file or folder, and no such dataset from the hub ({reason})") from error
+    files = [file for file in files if suffix(file) in READERS and (file == path or file.name.lower() not in NOT_DATA)]
     if not files:
         raise ValueError(f"{name}: no data file; use {FORMATS}")
     return files
 
 
-def _files_in(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path] if suffix(path) in READERS else []
-    return [file for file in sorted(path.rglob("*")) if file.is_file() and is_data(str(file.relative_to(path)))]
+def _inside(path: Path) -> list[Path]:
+    """Everything in a folder but what is hidden; of a file, itself."""
+    return [path] if path.is_file() else sorted(map(Path, glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True)))
 
 
 def _downloaded(repository: str, folder: str) -> list[Path]:
     patterns = [os.path.join(folder, f"*{kind}{packed}") for kind in READERS for packed in ("", ".gz")]
     root = huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
-    return _files_in(Path(root, folder))
-
-
-def is_data(name: str) -> bool:
-    """Whether a file inside a dataset's folder is part of the data."""
-    hidden = "/." in f"/{name}"
-    return suffix(name) in READERS and not hidden and os.path.basename(name).lower() not in NOT_DATA
+    return _inside(Path(root, folder))
 
 
 def split_files(files: list) -> tuple[list, list]:
@@ -234,7 +244,6 @@ FORMS = {  # the fields that make a record one of these, tried in this order: qu
     "instruction/input/output": ("instruction", "output"),
     "question/answer": ("question", "answer"),
     "text": ("text",),
-    "corpus": ("corpus",),
 }
 
 
@@ -306,12 +315,7 @@ def _text(record: dict, field: str, may_be_empty: bool = False) -> str:
     value = record.get(field)
     if not isinstance(value, str) or not (may_be_empty or value.strip()):
         raise ValueError(f"field {field!r} must be text, found {_found(record, field)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        wrong = f"{value[error.start]!r}, character {error.start + 1}"
-        raise ValueError(f"field {field!r} is not UTF-8 ({wrong}); convert the file, say with iconv") from None
-    return value
+    return check_utf8(value)
 
 
 def _found(record: dict, field: str) -> str:
@@ -334,13 +338,16 @@ def load_records(
     for source in parse_spec(spec):
         form, bad = source.name, 0
         if source.name in toy.SOURCES:
-            sizes = {"train": (source.train, 20_000), "test": (source.test, toy.HELD_OUT)}
-            parts = [
-                toy.records(split, default if count is None else count, seed, repair=source.name == "toy-repair")
-                for split, (count, default) in sizes.items()
-            ]
+            sizes = ("train", source.train), ("test", source.test)
+            parts = [toy.records(split, n, seed, repair=source.name == "toy-repair") for split, n in sizes]
         else:
-            parts, form, bad = _load_files(source, seed, text_field, skip_bad_records)
+            *parts, form, bad = _load_files(source.name, text_field, skip_bad_records)
+            if form == "corpus":
+                parts = [list(io.StringIO("".join(texts(part)))) for part in parts]
+            else:
+                order = np.random.default_rng(seed).permutation(len(parts[0]))
+                parts[0] = [parts[0][i] for i in order]
+            parts = _split(*parts, source, most=5000 if form == "corpus" else 500)
         unit = "lines of text" if form == "corpus" else f"records of form {form}"
         report = f"{source.name}: {len(parts[0])} {unit} to train on, {len(parts[1])} held out"
         reports.append(report + (f", {bad} broken ones skipped" if bad else ""))
@@ -351,10 +358,10 @@ def load_records(
     return train, test, reports
 
 
-def _load_files(source: Source, seed: int, text_field: str | None, skip_bad: bool) -> tuple[tuple, str, int]:
-    """(the two parts of a source, of records or of the lines of a text, their form, the number of broken records)"""
+def _load_files(name: str, text_field: str | None, skip_bad: bool) -> tuple[list, list, str, int]:
+    """(records to train on, records held out by the names of their files, their form, how many were broken)"""
     form, bad, parts = None, 0, ([], [])
-    for part, files in zip(parts, split_files(data_files(source.name))):
+    for part, files in zip(parts, split_files(data_files(name))):
         for file in files:
             if part and form == "corpus":
                 part.append({"corpus": "\n"})  # between two files
@@ -362,14 +369,9 @@ def _load_files(source: Source, seed: int, text_field: str | None, skip_bad: boo
                 part += record
                 bad += not record
                 form = found
-    train, test = parts
-    if not any(text.strip() for text in texts(train)):
-        raise ValueError(f"{source.name}: no usable record ({bad} broken ones skipped)")
-    if form == "corpus":
-        train, test = (list(io.StringIO("".join(texts(part)))) for part in parts)
-        return _split(train, test, source, most=5000), form, bad
-    order = np.random.default_rng(seed).permutation(len(train))
-    return _split([train[i] for i in order], test, source, most=500), form, bad
+    if not parts[0]:
+        raise ValueError(f"{name}: no usable record ({bad} broken ones skipped)")
+    return *parts, form, bad
 
 
 def usable(
@@ -418,12 +420,13 @@ def read_prompts(path: str) -> list[list[dict]]:
     path, dialogues = Path(path), []
     if not path.is_file():
         raise OSError(f"--prompt_file {path}: no such file")
-    records = read_file(path)
-    if suffix(path) not in READERS or suffix(path) == ".txt":
-        records = ((place, {"text": line["corpus"].strip()}) for place, line in records if line["corpus"].strip())
-    for place, record in records:
+    for place, record in read_file(path):
         try:
             form = detect_form(record, question_only=True)
+            if form == "corpus":
+                lines = map(str.strip, _text(record, form).split("\n"))
+                dialogues += [[{"role": "user", "content": line}] for line in lines if line]
+                continue
             messages = _messages(record, form)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error

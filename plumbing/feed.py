@@ -5,17 +5,16 @@
     position()            where the stream stands now, on this process
     gather(position)      the same of all processes, for a checkpoint
 
-The micro-batches of a run are one sequence, whoever computes them: process r of n takes every n-th, beginning with the
-r-th. So four processes see what one process with four times the accumulation sees.
+The micro-batches of a run are one sequence: process r of n takes every n-th, beginning with the r-th. So four processes
+see what one process with four times the accumulation sees.
 
-A corpus that does not fit into memory (--streaming) is read a little at a time, from local files, from http(s)
-addresses, or from the hub:
+A corpus that does not fit into memory (--streaming) is read a little at a time:
 
     piece   a stretch of a file: about a megabyte of its lines, found by seeking; or, of a file that cannot be entered
             in the middle (gzip, CSV, parquet), every n-th of its records
-    shard   a share of the pieces, in an order drawn anew for every epoch. Micro-batch number i of the run comes from
-            shard i modulo their number, whoever computes it: so runs with other numbers of processes, as long as they
-            divide the number of shards, see the same micro-batches
+    shard   a share of the pieces, in an order drawn anew for every epoch. Micro-batch i of the run comes from shard i
+            modulo their number: so runs with other numbers of processes, as long as they divide the number of shards,
+            see the same micro-batches
     buffer  the next thousand records of a shard, or megabyte: tokenized, shuffled, handed out before the next is read
 
 A shard stands at [epoch, piece, record, used]: where its buffer begins, and how many micro-batches of it were handed
@@ -43,7 +42,6 @@ import toy
 SHARDS = 16
 PIECE = 1 << 20  # bytes, at most; small corpora are cut finer
 BUFFER_RECORDS, BUFFER_CHARACTERS = 1000, 1 << 20
-STRETCH = 1 << 14  # characters of a .txt file that make a record
 LONGEST_LINE = 1 << 26  # bytes
 EMPTY_EPOCHS = 5  # in a row in which a shard may come out empty, as happens with few and long records
 WAITS = (0, 0.5, 1, 2, 4, 8)  # seconds before each attempt to read a remote file
@@ -55,8 +53,9 @@ stop_requested = threading.Event()  # set when the run is to stop: nobody waits 
 
 
 def fetch(url: str, start: int, end: int) -> tuple[bytes, int]:
-    """(bytes start to end of a remote file, the size of the file). Tries again after errors that may pass; raises
-    OSError. The hub client's own retries would go on for 23 seconds when the run is to stop."""
+    """(bytes start to end of a remote file, its size). Tries again after errors that may pass; raises OSError.
+
+    The hub client's own retries would go on for 23 seconds when the run is to stop."""
     # compressed on the way, ranges would be of other bytes
     headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     if url.startswith(f"{constants.ENDPOINT}/"):
@@ -121,25 +120,22 @@ def remote_files(repository: str, folder: str) -> list[RemoteFile]:
     return [
         RemoteFile(hf_hub_url(info.id, s.rfilename, repo_type="dataset", revision=info.sha), s.size)
         for s in sorted(info.siblings, key=lambda s: s.rfilename)
-        if s.rfilename.startswith(os.path.join(folder, "")) and data.is_data(s.rfilename)
+        if s.rfilename.startswith(os.path.join(folder, ""))
     ]
 
 
 def is_cuttable(file) -> bool:
     """Whether one can begin to read in the middle: lines of text, not compressed."""
-    return data.suffix(file) in (".jsonl", ".txt") and not file.name.endswith(".gz")
+    return data.suffix(file) in data.LINES and not file.name.endswith(".gz")
 
 
 def read_piece(file, start: int = 0, end: int | None = None, step: int = 1, skip: int = 0) -> Iterator[tuple]:
     """(place, record), as data.read_file gives them, without the first `skip`. Of a cuttable file: the lines that begin
     at bytes start to end. Of another: records start, start + step, ..."""
-    is_text = data.suffix(file) == ".txt"
-    if is_cuttable(file):
-        parse = data.parse_txt if is_text else data.parse_jsonl
-        records, start, step = parse(read_lines(file, start, end)), 0, 1
-    else:
-        records = data.read_file(file)
-    return islice(stretches(records) if is_text else records, start + skip * step, None, step)
+    if not is_cuttable(file):
+        return islice(data.read_file(file), start + skip * step, None, step)
+    parse = data.LINES[data.suffix(file)]
+    return islice(parse(read_lines(file, start, end)), skip, None)
 
 
 def read_lines(file, start: int, end: int | None) -> Iterator[tuple[str, bytes]]:
@@ -154,19 +150,6 @@ def read_lines(file, start: int, end: int | None) -> Iterator[tuple[str, bytes]]
                 raise ValueError(f"{file}: byte {at}: a line of more than {LONGEST_LINE >> 20} MB")
             yield f"{file}: byte {at}", line
             at += len(line)
-
-
-def stretches(lines) -> Iterator[tuple[str, dict]]:
-    """The lines of a text in records of some 16,000 characters."""
-    begin = text = ""
-    for place, line in lines:
-        begin = begin or place
-        text += line["corpus"]
-        if len(text) >= STRETCH:
-            yield begin, {"corpus": text}
-            begin = text = ""
-    if text.strip():
-        yield begin, {"corpus": text}
 
 
 # ---------------------------------------------------------------------------------------------------- the corpus
@@ -207,13 +190,14 @@ class Corpus:
             if n is None:  # of a small corpus, a twentieth
                 n, limit = hold_out, sum(file.stat().st_size for file in train) / 20
             for file in held_out or train:
-                if n > 0:
-                    found, after = self.read_start(file, n, limit)
-                    self.held_out += found
-                    n -= len(found)
-                    if not held_out:
-                        self.begin[file] = after
-                        n = 0 if found else n  # from one file, so that the others are read from their start
+                if n <= 0:
+                    break
+                found, after = self.read_start(file, n, limit)
+                self.held_out += found
+                n -= len(found)
+                if not held_out:
+                    self.begin[file] = after
+                    n = 0 if found else n  # from one file, so that the others are read from their start
         self.total = sum(file.stat().st_size for file in self.files)
 
     def read_start(self, file, n: int, characters: float) -> tuple[list[dict], int]:
@@ -359,12 +343,11 @@ class MemoryFeed(Feed):
             self.check(e)
         for part, kind in ((self.train, ""), (held_out, "held-out ")):
             if part.too_long:
-                n = len(part.too_long)
-                ranks.say(f"{n} {kind}samples longer than --max_length {args.max_length} left out")
-        too_long = self.train.too_long
+                ranks.say(f"{len(part.too_long)} {kind}samples longer than --max_length {args.max_length} left out")
         if not len(self.train):
-            shortest = f": samples of {min(too_long, default=0)} tokens and more, longer than --max_length {args.max_length}"
-            raise ValueError(f"--dataset_args {args.dataset_args}: nothing to train on{shortest if too_long else ''}")
+            shortest = min(self.train.too_long, default=0)
+            reason = f"; the shortest sample has {shortest} tokens, longer than --max_length {args.max_length}"
+            raise ValueError(f"--dataset_args {args.dataset_args}: nothing to train on{reason if shortest else ''}")
         tokens = sum(len(e) for e in self.rows())
         ranks.say(f"{len(self.train)} examples an epoch, {tokens} tokens; {len(self.eval)} held out")
         self.steps_per_epoch = len(self.epoch(0)) / self.group
