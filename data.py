@@ -247,30 +247,31 @@ FORMS = {  # the fields that make a record one of these, tried in this order: qu
 }
 
 
-def detect_form(record, text_field: str | None = None, question_only: bool = False) -> str:
-    """The form of a record, with or without an answer: a key of FORMS. Raises ValueError when it has none."""
+def detect_form(record, text_field: str | None = None) -> str:
+    """The form of a record: a key of FORMS, or "corpus". Raises ValueError: it could not be read, or has no form."""
     _check_record(record)
     if record.keys() == {"corpus"}:
         return "corpus"
     if text_field is not None:
         return "text"
-    for form, fields in FORMS.items():
-        if all(field in record for field in fields[: 1 if question_only else None]):
-            return form
+    for n in (2, 1):  # a record without an answer is still a prompt, and else an error that names the field
+        for form, fields in FORMS.items():
+            if all(field in record for field in fields[:n]):
+                return form
     found = ", ".join(map(repr, record))
     raise ValueError(f"found fields {found}; known forms are {', '.join(FORMS)}; or name the text with --text_field")
 
 
-def normalise(record, form: str, text_field: str | None = None) -> dict:
+def normalise(record, text_field: str | None = None) -> dict:
     """A record of any form in one of the normal forms (see the top). Raises ValueError: the record could not be read,
     or a field is missing, of the wrong type, or empty.
 
     A `draft` beside the other fields is the text to be edited. So is a `source`, if it is text; but not beside a
     {"text"}, where corpora use that name for where a document comes from.
     """
-    _check_record(record)
+    form = detect_form(record, text_field)
     if form == "corpus":
-        return {"corpus": _text(record, "corpus", may_be_empty=True)}
+        return {"corpus": _text(record, "corpus")}
     draft = None
     if record.get("draft") is not None:
         draft = _text(record, "draft", may_be_empty=True)
@@ -336,60 +337,55 @@ def load_records(
     """
     train, test, reports = [], [], []
     for source in parse_spec(spec):
-        form, bad = source.name, 0
         if source.name in toy.SOURCES:
             sizes = ("train", source.train), ("test", source.test)
             parts = [toy.records(split, n, seed, repair=source.name == "toy-repair") for split, n in sizes]
+            unit, skipped = "problems", ""
         else:
-            *parts, form, bad = _load_files(source.name, text_field, skip_bad_records)
-            if form == "corpus":
-                parts = [list(io.StringIO("".join(texts(part)))) for part in parts]
-            else:
-                order = np.random.default_rng(seed).permutation(len(parts[0]))
-                parts[0] = [parts[0][i] for i in order]
-            parts = _split(*parts, source, most=5000 if form == "corpus" else 500)
-        unit = "lines of text" if form == "corpus" else f"records of form {form}"
-        report = f"{source.name}: {len(parts[0])} {unit} to train on, {len(parts[1])} held out"
-        reports.append(report + (f", {bad} broken ones skipped" if bad else ""))
-        if form == "corpus":
+            *parts, unit, skipped = _load_files(source, seed, text_field, skip_bad_records)
+        reports.append(f"{source.name}: {len(parts[0])} {unit} to train on, {len(parts[1])} held out{skipped}")
+        if unit == "lines of text":
             parts = [[{"corpus": "".join(lines)}] if lines else [] for lines in parts]
         train += parts[0]
         test += parts[1]
     return train, test, reports
 
 
-def _load_files(name: str, text_field: str | None, skip_bad: bool) -> tuple[list, list, str, int]:
-    """(records to train on, records held out by the names of their files, their form, how many were broken)"""
-    form, bad, parts = None, 0, ([], [])
-    for part, files in zip(parts, split_files(data_files(name))):
-        for file in files:
-            if part and form == "corpus":
-                part.append({"corpus": "\n"})  # between two files
-            for _, found, record in usable(read_file(file), text_field, skip_bad, form):
+def _load_files(source: Source, seed: int, text_field: str | None, skip_bad: bool) -> tuple[list, list, str, str]:
+    """(records or lines of a text to train on, those held out, what to call them, what to say of broken ones)"""
+    files, bad, parts = data_files(source.name), 0, ([], [])
+    is_text = {suffix(file) == ".txt" for file in files}
+    if len(is_text) == 2:
+        raise ValueError(f"{source.name}: holds .txt files beside files of records; name them as two sources, a + b")
+    for part, its_files in zip(parts, split_files(files)):
+        for file in its_files:
+            if part and True in is_text:
+                part.append({"corpus": "\n"})
+            for _, record in usable(read_file(file), text_field, skip_bad):
                 part += record
                 bad += not record
-                form = found
-    if not parts[0]:
-        raise ValueError(f"{name}: no usable record ({bad} broken ones skipped)")
-    return *parts, form, bad
+    train, test = parts
+    skipped = f", {bad} broken ones skipped" if bad else ""
+    if not train:
+        raise ValueError(f"{source.name}: no usable record{skipped}")
+    if True in is_text:
+        train, test = (list(io.StringIO("".join(texts(part)))) for part in parts)
+        return *_split(train, test, source, most=5000), "lines of text", skipped
+    unit = "dialogues" if "messages" in train[0] else "documents"
+    order = np.random.default_rng(seed).permutation(len(train))
+    return *_split([train[i] for i in order], test, source, most=500), unit, skipped
 
 
-def usable(
-    records: Iterable[tuple], text_field: str | None, skip_bad: bool, form: str | None = None
-) -> Iterator[tuple[str, str | None, list[dict]]]:
-    """(place, form, [record in normal form]), or [] for a broken one that is skipped, from (place, record).
-
-    All have the form of the first good one, unless it is given. Raises ValueError with the place.
-    """
+def usable(records: Iterable[tuple], text_field: str | None, skip_bad: bool) -> Iterator[tuple[str, list[dict]]]:
+    """(place, [record in normal form]) from (place, record); [] for a broken one that is skipped, or else raised as a
+    ValueError with its place."""
     for place, record in records:
         normal = []
         try:
-            this_form = form or detect_form(record, text_field)
-            normal = [normalise(record, this_form, text_field)]
-            form = this_form
+            normal = [normalise(record, text_field)]
         except ValueError as error:
             bad_record(place, error, skip_bad)
-        yield place, form, normal
+        yield place, normal
 
 
 def bad_record(place: str, error: ValueError, skip: bool) -> int:
@@ -422,7 +418,7 @@ def read_prompts(path: str) -> list[list[dict]]:
         raise OSError(f"--prompt_file {path}: no such file")
     for place, record in read_file(path):
         try:
-            form = detect_form(record, question_only=True)
+            form = detect_form(record)
             if form == "corpus":
                 lines = map(str.strip, _text(record, form).split("\n"))
                 dialogues += [[{"role": "user", "content": line}] for line in lines if line]

@@ -177,7 +177,7 @@ class Corpus:
     def __init__(self, spec: str, seed: int, hold_out: int, text_field: str | None, skip_bad_records: bool):
         self.spec, self.seed, self.text_field, self.skip_bad = spec, seed, text_field, skip_bad_records
         self.bad, self.too_long = 0, 0  # records left out
-        self.files, self.begin, self.forms, self.held_out = [], {}, {}, []
+        self.files, self.begin, self.held_out = [], {}, []
         for source in data.parse_spec(spec):
             if source.name in toy.SOURCES:
                 raise ValueError(f"--streaming: {source.name} is made up in memory; leave --streaming out")
@@ -213,18 +213,10 @@ class Corpus:
     def records(self, piece: tuple, skip: int = 0) -> Iterator[tuple[int, str, list[dict]]]:
         """(number of the next record, place, [the record in normal form]) without the first `skip`; [] for a broken one
         that is left out. Raises ValueError with its place."""
-        form = self.form_of(piece[0])
-        usable = data.usable(read_piece(*piece, skip=skip), self.text_field, self.skip_bad, form)
-        for number, (place, _, normal) in enumerate(usable, skip + 1):
+        usable = data.usable(read_piece(*piece, skip=skip), self.text_field, self.skip_bad)
+        for number, (place, normal) in enumerate(usable, skip + 1):
             self.bad += not normal
             yield number, place, normal
-
-    def form_of(self, file) -> str | None:
-        """That of the file's first usable record, whichever record this process happens to read first."""
-        if file not in self.forms:
-            usable = data.usable(read_piece(file), self.text_field, skip_bad=True)
-            self.forms[file] = next((form for _, form, normal in usable if normal), None)
-        return self.forms[file]
 
     def shards(self, world: int) -> int:
         """A multiple of the number of processes: SHARDS where there is enough to read at any place, else as few as

@@ -128,8 +128,15 @@ FORM_CASES = [
 @pytest.mark.parametrize(("form", "record", "normal"), FORM_CASES)
 def test_every_record_form(form, record, normal, tmp_path):
     path = jsonl(tmp_path / "data.jsonl", [record])
-    report = f"{path}: 1 records of form {form} to train on, 0 held out"
-    assert data.load_records(path) == ([normal], [], [report])
+    assert data.detect_form(record) == form
+    unit = "dialogues" if "messages" in normal else "documents"
+    assert data.load_records(path) == ([normal], [], [f"{path}: 1 {unit} to train on, 0 held out"])
+
+
+def test_the_form_of_a_record_depends_on_nothing_else(tmp_path):
+    path = jsonl(tmp_path / "data.jsonl", [record for _, record, _ in FORM_CASES])
+    train, _, _ = data.load_records(f"{path}[test:0]")
+    assert all(normal in train for _, _, normal in FORM_CASES)
 
 
 def test_a_text_field_can_be_named(tmp_path):
@@ -183,7 +190,7 @@ BROKEN_LINES = {
     "{": "not JSON",
     "[1]": "must be an object",
     '"text"': "must be an object",
-    "{}": "no such field",
+    "{}": "known forms are",
     '{"text": 1}': "must be text, found 1 ",
     '{"text": ""}': "found ''",
     '{"text": " \\n"}': "must be text",
@@ -238,7 +245,7 @@ BROKEN_FILES = {
     "number.json": (b"3", ": .*must hold a list"),
     "deep.json": (b"[" * 10**5, "not JSON"),
     "latin.json": (b'[\n{"text": "\xe4"}]', ": record 1: not UTF-8"),
-    "item.json": (b'[{"text": "T"}, {}]', ": record 2: field 'text'"),
+    "item.json": (b'[{"text": "T"}, {}]', ": record 2: found fields ; known forms"),
     "a.csv": (b"question,answer\nQ,A\nQ,A,B\n", ":3: more values than fields"),
     "short.csv": (b"question,answer\nQ\n", ":2: field 'answer' must be text"),
     "quote.csv": (b'question,answer\nQ,A\n"Q"x,A\n', ":2: cannot be read from here on .*expected after"),
@@ -340,7 +347,7 @@ def test_hold_out_is_seeded_and_complete(tmp_path):
     path = jsonl(tmp_path / "data.jsonl", [{"text": str(i)} for i in range(1000)])
     train, test, [report] = data.load_records(path, seed=3)
     assert (len(train), len(test)) == (950, 50)
-    assert report.endswith("950 records of form text to train on, 50 held out")
+    assert report.endswith("950 documents to train on, 50 held out")
     assert {r["text"] for r in train + test} == {str(i) for i in range(1000)}
     assert (train, test) == data.load_records(path, seed=3)[:2]
     assert test != data.load_records(path, seed=4)[1]
@@ -366,7 +373,7 @@ def test_held_out_files_and_texts(tmp_path):
     assert train[0]["corpus"] + test[0]["corpus"] == (tmp_path / "train.txt").read_text()
     assert test[0]["corpus"].count("\n") == 5
     jsonl(tmp_path / "x.jsonl", [{"text": "T"}])
-    with pytest.raises(ValueError, match=r"x\.jsonl:1: field 'corpus' must be text, found no such field"):
+    with pytest.raises(ValueError, match=r"holds \.txt files beside files of records"):
         data.load_records(str(tmp_path))
 
 

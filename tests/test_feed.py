@@ -172,15 +172,6 @@ def test_a_position_stored_by_an_earlier_version(tmp_path):
     assert rest.gather(rest.position())["positions"] == {"0": [1, 0, 0, 67], "1": [1, 0, 0, 66]}
 
 
-def test_the_form_of_a_file_is_that_of_its_first_record(tmp_path):
-    """Not of the first one that a process happens to read."""
-    both = {"prompt": "a", "response": "b"}
-    dialogue = {"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}
-    records = [both, *[both | dialogue] * 2000]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert set(an_epoch(corpus(tmp_path / "a.jsonl"), 4)) == {"b"}
-
-
 def test_few_long_records_may_leave_a_shard_without_any_for_an_epoch(tmp_path):
     records = [f"{i}: " + "long " * 1000 for i in range(40)]
     streams = [Plain(corpus(jsonl(tmp_path / "a.jsonl", records)), rank, 8, 8) for rank in range(8)]

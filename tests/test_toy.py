@@ -65,7 +65,7 @@ def test_toy_check_tells_answers_from_whole_responses():
 def test_toy_records_are_right_seeded_and_held_out():
     train, test, [report] = data.load_records("toy[train:1000]", seed=1)
     assert (len(train), len(test)) == (1000, 304)
-    assert report == "toy: 1000 records of form toy to train on, 304 held out"
+    assert report == "toy: 1000 problems to train on, 304 held out"
     prompts = [record["messages"][0]["content"] for record in test]
     assert len(set(prompts)) == 304
     assert not set(prompts) & {record["messages"][0]["content"] for record in train}
