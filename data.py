@@ -13,9 +13,9 @@ The normal forms of a record:
                                                 a dialogue and its answer; with a draft, the answer is an edited draft
     {"corpus": str}                             a stretch of a .txt file; all are cut into examples anew in every epoch
 
-A record that cannot be read travels as the ValueError that says why, from its reader to `normalise`, which raises it;
-so whoever consumes records skips or reports a broken one in one place. What spoils the rest of a file is raised at
-once. Every such error is one line that begins with the file and the line or record at fault.
+A record that cannot be read travels as the ValueError that says why, from its reader to `detect_form`, which raises it;
+so whoever consumes records skips or reports a broken one in one place. Every error is one line that begins with the
+file and the line or record at fault.
 """
 
 import csv
@@ -54,10 +54,7 @@ class Source:
 
 
 def parse_spec(spec: str) -> list[Source]:
-    """`name[train:5000,test:500] + other`; | works like +. Raises ValueError.
-
-    A spec that is the path of a file or folder is taken whole, whatever characters are in it.
-    """
+    """`name[train:5000,test:500] + other`; | works like +. A path that exists is taken whole. Raises ValueError."""
     if os.path.exists(spec):
         return [Source(spec)]
     sources = []
@@ -75,10 +72,10 @@ def parse_spec(spec: str) -> list[Source]:
 
 
 def read_file(path) -> Iterator[tuple[str, dict | ValueError]]:
-    """(place, record) for every record of a Path, or of what has its `name` and `open("rb")`.
+    """(place, record) for every record of a Path, or of what has its `name` and `open("rb")`. The place is "file:line",
+    or "file: record 7" where lines say little. What is none of READERS is read as plain text.
 
-    The place is "file:line", or "file: record 7" where lines say little. A file that is none of READERS is read as
-    plain text. Raises OSError, and ValueError where the rest cannot be read, with the place of the last good record.
+    Raises OSError, and ValueError where the rest cannot be read, with the place of the last good record.
     """
     place = ""
     try:
@@ -194,10 +191,8 @@ HELD_OUT = re.compile(r"(?<![a-z])(test|validation|valid|val|dev|eval)(?![a-z])"
 
 
 def data_files(name: str, hub_files=None) -> list:
-    """The files a name stands for: itself, those in a folder, or those of a hub dataset (`owner/dataset[/folder]`).
-
-    hub_files(repository, folder) lists those of the hub; by default they are downloaded. Raises ValueError or OSError
-    when there are none, or when the hub cannot be reached.
+    """The files a name stands for: itself, those in a folder, or those of a hub dataset (`owner/dataset[/folder]`), as
+    hub_files(repository, folder) lists them; by default they are downloaded. Raises ValueError or OSError.
     """
     path = Path(name)
     if path.exists():
@@ -326,8 +321,7 @@ def _found(record: dict, field: str) -> str:
 def load_records(
     spec: str, seed: int = 0, *, text_field: str | None = None, skip_bad_records: bool = False
 ) -> tuple[list[dict], list[dict], list[str]]:
-    """Everything a dataset spec names, read and normalised: (records to train on, held-out records, a line to print
-    for each source).
+    """All that a spec names: (normal records to train on, normal records held out, a line to print for each source).
 
     Held out are the files whose names say so (test, validation, ...) where there are others beside them, else a
     random part drawn with `seed`: as many records as the spec says, or 5 % (at most 500). Of a text the last lines
@@ -410,9 +404,7 @@ def _split(train: list, test: list, source: Source, most: int) -> tuple[list, li
 
 def read_prompts(path: str) -> list[list[dict]]:
     """The dialogues to continue in a file: a line of plain text each, or records of any form (answers are ignored).
-
-    Raises OSError or ValueError ("file:line: ...").
-    """
+    Raises OSError or ValueError ("file:line: ...")."""
     path, dialogues = Path(path), []
     if not path.is_file():
         raise OSError(f"--prompt_file {path}: no such file")

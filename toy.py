@@ -66,12 +66,10 @@ def check(prompt: str, response: str) -> tuple[bool, bool]:
 
 
 def records(split: str, n: int | None, seed: int, repair: bool = False) -> list[dict]:
-    """n records (None: 20,000 to train on, as many as there are prompts held out): prompts of the split in random order
-    (all different while there are enough), random right responses.
-
-    repair  adds a draft, the response with something wrong in it: in one record of four every mention of the result is
-            the same wrong number, in the others 1 to 4 words are replaced, inserted or deleted.
-    """
+    """n records (None: 20,000, or as many as are held out): prompts of the split in random order, all different while
+    there are enough, random right responses. repair adds a draft, the response with something wrong in it: in one of
+    four every mention of the result is the same wrong number, in the others 1 to 4 words are replaced, inserted or
+    deleted."""
     rng = np.random.default_rng([seed, split == "test", repair])
     asked, made = prompts(split), []
     for i in range({"train": 20_000, "test": HELD_OUT}[split] if n is None else n):
