@@ -214,7 +214,8 @@ def data_files(name: str, hub_files=None) -> list:
 
 def _inside(path: Path) -> list[Path]:
     """Everything in a folder but what is hidden; of a file, itself."""
-    return [path] if path.is_file() else sorted(map(Path, glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True)))
+    files = [path] if path.is_file() else map(Path, glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True))
+    return sorted(file for file in files if file.is_file())
 
 
 def _downloaded(repository: str, folder: str) -> list[Path]:
@@ -266,7 +267,7 @@ def normalise(record, text_field: str | None = None) -> dict:
     """
     form = detect_form(record, text_field)
     if form == "corpus":
-        return {"corpus": _text(record, "corpus")}
+        return {"corpus": _text(record, "corpus", may_be_empty=True)}
     draft = None
     if record.get("draft") is not None:
         draft = _text(record, "draft", may_be_empty=True)
@@ -412,7 +413,7 @@ def read_prompts(path: str) -> list[list[dict]]:
         try:
             form = detect_form(record)
             if form == "corpus":
-                lines = map(str.strip, _text(record, form).split("\n"))
+                lines = map(str.strip, _text(record, form, may_be_empty=True).split("\n"))
                 dialogues += [[{"role": "user", "content": line}] for line in lines if line]
                 continue
             messages = _messages(record, form)

@@ -106,6 +106,7 @@ ANSWER = {"messages": USER, "response": "A", "draft": None}
 FORM_CASES = [
     ("text", {"text": "T"}, {"text": "T"}),
     ("text", {"text": "T", "source": "where it comes from"}, {"text": "T"}),
+    ("text", {"text": "T", "prompt": "without a response"}, {"text": "T"}),
     ("text", {"text": "T", "draft": "D"}, {"messages": [], "response": "T", "draft": "D"}),
     ("history/response", {"history": USER, "response": "A"}, ANSWER),
     ("history/response", {"history": USER, "response": "A", "source": "D"}, ANSWER | {"draft": "D"}),
@@ -263,6 +264,13 @@ def test_broken_files(name, tmp_path):
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_a_line_that_is_not_utf8_is_left_out_alone(tmp_path):
+    path = write(tmp_path / "a.txt", b"one\n\xff\n" + b" " * 20_000 + b"\ntwo\n")
+    [record], _, [report] = data.load_records(f"{path}[test:0]", skip_bad_records=True)
+    assert record == {"corpus": "one\n" + " " * 20_000 + "\ntwo\n"}
+    assert "1 broken" in report
+
+
 def test_files_that_are_not_there(tmp_path, monkeypatch):
     for name in (f"{tmp_path}/no.txt", "gsm8k", "../nothing", f"{tmp_path}/no"):
         with pytest.raises(ValueError, match=r"no such file or folder \(nor a hub dataset"):
@@ -275,6 +283,17 @@ def test_files_that_are_not_there(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"a\.jsonl\.gz: cannot be read \(Compressed file ended"):
         data.load_records(f"{tmp_path}/a.jsonl.gz")
+
+
+def test_which_files_of_a_folder_are_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inside = ["[a].jsonl/b.csv", "[a]/c.txt.gz", "d/e/f.parquet", "g.json"]
+    others = [".git/h.jsonl", "d/.i.jsonl", "dataset_infos.json", "README.txt", "j.py"]
+    for name in inside + others:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "in" / name, "x")
+    assert data.data_files("in") == sorted(data.Path("in", name) for name in inside)
+    assert data.data_files("in/README.txt") == [data.Path("in/README.txt")]
 
 
 def test_hub_datasets(tmp_path, monkeypatch):
