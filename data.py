@@ -95,7 +95,7 @@ def suffix(path) -> str:
 
 
 def decode(line: bytes) -> str:
-    """What is not UTF-8 becomes half characters, for `check_utf8` to refuse in the fields that are used."""
+    """What is not UTF-8 becomes half characters, which `check_utf8` refuses."""
     return line.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n")
 
 
@@ -121,7 +121,7 @@ def parse_jsonl(lines: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, dict 
     for place, line in lines:
         if line.strip():
             try:
-                record = parse_json(decode(line))
+                record = parse_json(check_utf8(decode(line)))
             except ValueError as error:
                 record = error
             yield place, record
@@ -149,7 +149,7 @@ def _numbered(items: Iterable, before: str) -> Iterator[tuple[str, object]]:
 
 def _read_json(file):
     """A list of records, or an object of which one value is a list."""
-    value = parse_json(decode(file.read()))
+    value = parse_json(check_utf8(decode(file.read())))
     values = value.values() if isinstance(value, dict) else [value]
     lists = [item for item in values if isinstance(item, list)]
     if len(lists) != 1:

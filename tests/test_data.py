@@ -237,7 +237,7 @@ def test_broken_dialogues(message, tmp_path):
 
 BROKEN_FILES = {
     "a.txt": (b"one\ntwo \xff\n", r":2: not UTF-8 .* character 5\)"),
-    "latin.jsonl": (b'{"text": "T"}\n{"text": "\xe4"}', ":2: not UTF-8 .* character 1"),
+    "latin.jsonl": (b'{"text": "T"}\n{"text": "\xe4"}', ":2: not UTF-8 .* character 11"),
     "empty.txt": (b" \n", ": no usable record"),
     "empty.jsonl": (b"\n\n", ": no usable record"),
     "a.json": (b'{"data": [\n1,,]}', ": cannot be read .*not JSON .*line 2"),
@@ -245,7 +245,7 @@ BROKEN_FILES = {
     "two.json": (b'{"a": [], "b": []}', ": .*exactly one list"),
     "number.json": (b"3", ": .*must hold a list"),
     "deep.json": (b"[" * 10**5, "not JSON"),
-    "latin.json": (b'[\n{"text": "\xe4"}]', ": record 1: not UTF-8"),
+    "latin.json": (b'[\n{"text": "\xe4"}]', ": cannot be read .not UTF-8"),
     "item.json": (b'[{"text": "T"}, {}]', ": record 2: found fields ; known forms"),
     "a.csv": (b"question,answer\nQ,A\nQ,A,B\n", ":3: more values than fields"),
     "short.csv": (b"question,answer\nQ\n", ":2: field 'answer' must be text"),
