@@ -20,7 +20,7 @@ from plumbing import checkpoints, methods
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 ROWS = [line for line in README.split("\n## Files\n")[1].split("\n## ")[0].splitlines() if line.startswith("|")]
-TABLE = re.findall(r"\]\(([\w/]+\.py)\)", "\n".join(ROWS))  # the Python files of the table, from top to bottom
+TABLE = re.findall(r"`([\w/]+\.py)`", "\n".join(ROWS))  # the Python files of the table, from top to bottom
 SCRIPTS = ["train.py", "sample.py", "convert.py", "evaluate.py"]
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 PROJECT = [name for name in TRACKED if not name.startswith("tests/") and (ROOT / name).is_file()]

@@ -46,7 +46,8 @@ def commands(page: str) -> list[list[str]]:
     blocks = re.findall(r"^```shell\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     calls = [re.search(r"\b(train|sample|convert|evaluate)\.py .*", line) for line in lines]
-    return [[word for word in shlex.split(call[0], comments=True) if word != "..."] for call in calls if call]
+    words = [shlex.split(call[0], comments=True) for call in calls if call]
+    return [call[:-1] if call[-1] == "..." else call for call in words]
 
 
 @pytest.mark.parametrize("command", [call for page in PAGES.values() for call in commands(page)], ids=" ".join)
