@@ -121,7 +121,7 @@ def test_a_third_method_is_sampled_and_evaluated(third, tmp_path, capsys):
     summary = json.loads((tmp_path / "evaluation/summary.json").read_text())["tasks"]["toy"]
     assert summary["n"] == 6
     assert summary["passes"] == {"passes": 1}
-    assert {"right", "valid"} <= summary["verdicts"].keys()
+    assert len(summary["verdicts"]) == 2, "right and valid, of a response without a draft"
 
 
 def test_a_third_method_is_made_from_and_becomes_other_checkpoints(third, tmp_path):
