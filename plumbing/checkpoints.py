@@ -299,7 +299,7 @@ def complete_config(raw: dict) -> models.Config:
     for name in {"method", "schedule", "x0_sampler"} & stored.keys():
         check_field(f"nanoedit.{name}", stored[name], str)
     if "method" in stored:
-        methods.get(stored["method"])
+        values["nanoedit"] = methods.complete(stored)
     if not values.get("head_dim"):
         check_multiple(values, "hidden_size", "num_attention_heads")
     if kind in ("llama", "qwen3"):  # their one switch is for all four projections
@@ -437,6 +437,23 @@ def open_for_inference(directory: Path, device: str, bf16: bool) -> tuple[nn.Mod
     tokenizer = load_tokenizer(directory)
     check_rows(model, tokenizer, directory)
     return model, tokenizer
+
+
+def open_for_training(args, directory: Path, resume: Path | None) -> nn.Module:
+    """The checkpoint to start from or to continue, with LoRA adapters where they are asked for."""
+    adapted = (directory / "adapter_config.json").is_file()
+    if resume and adapted != args.lora:
+        kind = "with" if adapted else "without"
+        raise ValueError(f"{directory}: this run was trained {kind} --lora; go on {kind} it, or choose another folder")
+    if not args.lora:
+        return load(directory, method=args.method)
+    if adapted and not resume:
+        raise ValueError(f"{directory}: holds adapters already; `convert.py --to {args.method} --merge_lora` first")
+    if resume:
+        return load_adapters(directory, method=args.method, four_bit=args.load_in_4bit)
+    model = load(directory, method=args.method)
+    model.base = str(directory)
+    return lora.add(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.load_in_4bit, args.seed)
 
 
 def save(model: nn.Module, directory: str, state: dict | None = None) -> None:
@@ -620,6 +637,20 @@ def save_run(out: Path, name: str, model: parallel.ParallelModel, tokenizer, opt
             remove(old)
     ranks.barrier()
     return target
+
+
+def state_of(args, resume: Path, steps: int, ranks) -> dict | None:
+    """train_state.json of the checkpoint to go on from; None when the run is finished."""
+    state = read_json(resume / STATE)
+    step = state["step"]
+    if step > steps or (step == steps and resume.name == "checkpoint-final"):
+        ranks.say(f"{resume.parent} is finished, at step {step} of {steps}; for a new run choose another --output_dir")
+        return None
+    changed = {k: v for k, v in vars(args).items() if k in state["args"] and state["args"][k] != v}
+    if changed:
+        ranks.say("changed since the checkpoint was written: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
+    ranks.say(f"continuing {resume} at step {step} of {steps}")
+    return state
 
 
 def restore(model: nn.Module, optimizer, checkpoint: Path) -> None:

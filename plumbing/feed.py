@@ -446,3 +446,17 @@ class StreamedFeed(Feed):
             self.ranks.say(f"left out of this run so far: {bad} broken records, {too_long} longer than --max_length")
         positions = {n: at for part in self.ranks.gather(position) for n, at in part.items()}
         return {"lanes": self.count, "positions": positions, "files": self.corpus.fingerprint()}
+
+
+def open_data(args, ranks):
+    """(kind of feed, the records that it takes, a function that gives some of them)."""
+    if args.streaming:
+        hold_out = 0 if args.eval_strategy == "no" else 200
+        corpus = Corpus(args.dataset_args, args.seed, hold_out, args.text_field, args.skip_bad_records)
+        return StreamedFeed, [corpus], corpus.sample
+    train_records, eval_records, reports = data.load_records(
+        args.dataset_args, args.seed, text_field=args.text_field, skip_bad_records=args.skip_bad_records
+    )
+    for report in reports:
+        ranks.say(str(report))
+    return MemoryFeed, [train_records, eval_records], lambda: train_records
