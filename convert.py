@@ -428,7 +428,7 @@ def convert(args) -> None:
         raise OSError(f"--output_dir {output}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
     target = output.with_name(f".converted-{output.name}") if output.exists() else output
-    with checkpoints.whole(target) as writing:
+    with checkpoints.replacing(target) as writing:
         write_tensors(writing, plan, split)
         tokenizer.save(writing)
         checkpoints.write_json(writing / "config.json", target_config(config, args.to, rows, plan))

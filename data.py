@@ -365,10 +365,10 @@ def _load_files(source: Source, seed: int, text_field: str | None, skip_bad: boo
         raise ValueError(f"{source.name}: no usable record{skipped}")
     if True in is_text:
         train, test = (list(io.StringIO("".join(texts(part)))) for part in parts)
-        return *_split(train, test, source, most=5000), "lines of text", skipped
+        return *_split(train, test, source, limit=5000), "lines of text", skipped
     unit = "dialogues" if "messages" in train[0] else "documents"
     order = np.random.default_rng(seed).permutation(len(train))
-    return *_split([train[i] for i in order], test, source, most=500), unit, skipped
+    return *_split([train[i] for i in order], test, source, limit=500), unit, skipped
 
 
 def usable(records: Iterable[tuple], text_field: str | None, skip_bad: bool) -> Iterator[tuple[str, list[dict]]]:
@@ -390,11 +390,11 @@ def bad_record(place: str, error: ValueError, skip: bool) -> int:
     return 1
 
 
-def _split(train: list, test: list, source: Source, most: int) -> tuple[list, list]:
+def _split(train: list, test: list, source: Source, limit: int) -> tuple[list, list]:
     """Cuts the held-out part off the end where no file brings it, then applies the counts of the spec."""
     if not test:
         n, at_least = len(train), 1 if source.train is None else source.train
-        default = max(0, min(max(n // 20, 1), most, n - at_least))
+        default = max(0, min(max(n // 20, 1), limit, n - at_least))
         cut = max(0, n - (default if source.test is None else source.test))
         train, test = train[:cut], train[cut:]
     for part, count, kind in ((train, source.train, "train"), (test, source.test, "test")):

@@ -509,7 +509,7 @@ def passes(settings) -> int:
     return settings.steps or max(1, round(1 / (settings.tau or 0.01)))
 
 
-def room(settings) -> int:
+def start_length(settings) -> int:
     return max(1, start_source(settings).length)
 
 

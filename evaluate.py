@@ -260,7 +260,7 @@ def prepare(model, tokenizer, args, name: str, samples: list[Sample]) -> tuple[d
         return answers
 
     prompts, drafts = encode(samples)
-    methods.check_room(method, prompts, settings, drafts, names=[f"question {s.id}" for s in samples])
+    methods.check_lengths(method, prompts, settings, drafts, names=[f"question {s.id}" for s in samples])
     return vars(settings) | {"bf16": args.bf16}, generate
 
 

@@ -577,7 +577,7 @@ def passes(settings) -> int:
     return min(settings.mask_diffusion_step, settings.init_num) + settings.edit_diffusion_step
 
 
-def room(settings) -> int:
+def start_length(settings) -> int:
     return settings.init_num
 
 

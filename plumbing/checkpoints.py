@@ -42,7 +42,7 @@ STATE = "train_state.json"
 
 
 @contextlib.contextmanager
-def whole(target: Path):
+def replacing(target: Path):
     """A path beside `target`, where a file or folder is to be made. It is on the disk, under its final name, when the
     block ends without an error, and gone otherwise. What stood at `target` before is replaced."""
     partial = target.with_name(f".writing-{target.name}")
@@ -60,7 +60,7 @@ def whole(target: Path):
 
 
 def write_whole(file: Path, text: str) -> None:
-    with whole(file) as partial:
+    with replacing(file) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -466,7 +466,7 @@ def save(model: nn.Module, directory: str, state: dict | None = None) -> None:
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with whole(file) as partial:
+    with replacing(file) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
 
 
@@ -622,7 +622,7 @@ def save_run(out: Path, name: str, model: parallel.ParallelModel, tokenizer, opt
             if target.exists():  # the end of a shorter run becomes a checkpoint like any other
                 older = out / f"checkpoint-{step_of(target)}"
                 remove(target) if older.exists() else os.replace(target, older)
-            with whole(target) as partial:
+            with replacing(target) as partial:
                 if args.lora:
                     save_adapters(model.plain, partial, model.plain.base, weights)
                 else:

@@ -259,9 +259,9 @@ LEGEND = (Cell("inserted", mark=INSERTED), Cell("substituted", mark=SUBSTITUTED)
 def layout(frame: Frame, width: int, height: int) -> list[list[Cell]]:
     """A frame as lines: progress, the legend with the number of edits, the text."""
     step = f"  step {frame.step}"
-    room = max(0, width - len(frame.phase) - len(step) - 2)
-    full = round(room * frame.t)
-    head = [Cell(f"{frame.phase}  {'━' * full}"), Cell("─" * (room - full) + step, "dim")]
+    space = max(0, width - len(frame.phase) - len(step) - 2)
+    full = round(space * frame.t)
+    head = [Cell(f"{frame.phase}  {'━' * full}"), Cell("─" * (space - full) + step, "dim")]
     legend = []
     for cell, total in zip(LEGEND, frame.total):
         legend += [cell, Cell(f" {total}   ")]
@@ -300,8 +300,8 @@ class Screen:
     def draw(self, frame: Frame) -> None:
         size = shutil.get_terminal_size()
         # The cursor rests on the line below the picture, which must be on the screen, too.
-        room = size.lines - 1 if self.is_terminal else sys.maxsize
-        lines = [*layout(frame, max(2, min(100, size.columns)), room - 1), []][:room]
+        space = size.lines - 1 if self.is_terminal else sys.maxsize
+        lines = [*layout(frame, max(2, min(100, size.columns)), space - 1), []][:space]
         if self.is_terminal and self.height:
             self.file.write(f"\x1b[{self.height}F\x1b[J")
         for line in lines:

@@ -145,7 +145,7 @@ class Tokenizer:
             tokens = self.backend.names.items()
             added["added_tokens_decoder"] = {i: {"content": name, "special": True} for i, name in tokens}
         else:
-            self.backend.save(str(directory / "tokenizer.json"))
+            (directory / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         config = json.dumps(self.config | added, indent=2, ensure_ascii=False)
         (directory / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
         if self.chat_template:

@@ -27,7 +27,7 @@ def sampling_flags(f): ...
 def model_flags(f): f.integer("--answer_length", low=1, help="tokens of an answer (default: the checkpoint's, or 24)")
 def remember(args, stored): return {"answer_length": args.answer_length or stored.get("answer_length", 24)}
 def passes(settings): return 1
-def room(settings): return settings.answer_length
+def start_length(settings): return settings.answer_length
 
 
 def prepare(model, examples, settings, progress, rng, shared_rng) -> Ragged:
@@ -49,7 +49,7 @@ def generate(model, prompts, settings, seeds, drafts=None, on_step=None):
     texts, eos = [], settings.tokens["eos"]
     for p, seed in zip(frequencies, seeds):
         generator = torch.Generator().manual_seed(seed)
-        tokens = p.multinomial(room(settings), replacement=True, generator=generator).tolist()
+        tokens = p.multinomial(start_length(settings), replacement=True, generator=generator).tolist()
         response = tokens[: tokens.index(eos)] if eos in tokens else tokens
         texts.append(Generated(response, tokens, {"passes": 1}))
     return texts
