@@ -50,11 +50,9 @@ class State(NamedTuple):
     ids: list[int]
     text: list[str]  # one string per token
     edits: list[list[int]]  # [position, op, sub_token, ins_token] where there is something to do
+    # What is above goes into a file; this follows from it:
     uids: list[object]  # the identity of every token
     total: tuple[int, ...]  # tokens inserted, substituted, deleted by all steps before
-
-
-SAVED = State._fields[:5]  # what a file holds; the others follow from these
 
 
 @dataclass
@@ -108,7 +106,8 @@ class Trace:
         """Writes a finished trace as JSON. Raises OSError."""
         *states, final = self.states
         record = dict(format="nanoedit trace", prompt_len=self.prompt_len, mask_id=self.mask_id, pad_id=self.pad_id)
-        record |= dict(steps=[dict(zip(SAVED, state)) for state in states], final=(final.ids, final.text))
+        record["steps"] = [dict(zip(State._fields[:5], state)) for state in states]
+        record["final"] = final.ids, final.text
         Path(path).write_text(json.dumps(record), encoding="utf-8")
 
     @staticmethod
@@ -118,7 +117,7 @@ class Trace:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             trace = Trace(record["prompt_len"], None, record["mask_id"], record["pad_id"])
             for step in record["steps"]:
-                trace._add(*(step[name] for name in SAVED))
+                trace._add(**step)
             trace._add(1.0, "", *record["final"], [])
             frames(trace)
         except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -304,23 +303,21 @@ class Screen:
         lines = [*layout(frame, max(2, min(100, size.columns)), room - 1), []][:room]
         if self.is_terminal and self.height:
             self.file.write(f"\x1b[{self.height}F\x1b[J")
+        encoding = self.file.encoding or "utf-8"
         for line in lines:
-            self.file.write(self._marked(line).rstrip() + "\n")
+            text = ""
+            for (before, after), run in groupby(line, key=self._around):
+                words = "".join(cell.text for cell in run)
+                start = len(words) - len(words.lstrip(" ") or words)  # marks begin at the word, not at its space
+                text += words[:start] + before + words[start:] + after
+            if text.encode(encoding, "replace").decode(encoding) != text:
+                text = text.translate(ASCII).encode(encoding, "replace").decode(encoding)
+            self.file.write(text.rstrip() + "\n")
         self.file.flush()
         self.height = len(lines)
 
-    def _marked(self, line: list[Cell]) -> str:
-        """A line with escape codes, or brackets as in a word diff, around runs of one kind of edit."""
-        text, encoding = "", self.file.encoding or "utf-8"
-        for (before, after), run in groupby(line, key=self._around):
-            words = "".join(cell.text for cell in run)
-            start = len(words) - len(words.lstrip(" ") or words)  # marks begin at the word, not at its space
-            text += words[:start] + before + words[start:] + after
-        if text.encode(encoding, "replace").decode(encoding) != text:
-            text = text.translate(ASCII).encode(encoding, "replace").decode(encoding)
-        return text
-
     def _around(self, cell: Cell) -> tuple[str, str]:
+        """Escape codes, or brackets as in a word diff, before and after a run of one kind of edit."""
         if not self.is_terminal:
             return BRACKETS[cell.mark[-1:]]
         color = not os.environ.get("NO_COLOR")
@@ -332,7 +329,7 @@ class Screen:
 U = 2  # pixels per unit of length: text stays crisp on dense screens
 SIZE, ROW, MARGIN = 15 * U, 26 * U, 28 * U
 WIDTH, ROWS = 69, 22  # of a frame, in letters and lines
-PAPER, DIM = "#FFFFFF", "#818B98"
+PAPER = "#FFFFFF"
 # Of a mark, of its text, and behind it; the marks' colours are Okabe and Ito's, made for colour-blind readers.
 COLORS = {
     INSERTED: ("#009E73", "#005C43", "#D5F0E4"),
@@ -353,36 +350,30 @@ def font() -> ImageFont.FreeTypeFont:
 
 
 def write_gif(trace: Trace, path, title: str = "nanoEdit", max_frames: int = 120) -> None:
-    """Draws a decode as an animated GIF of what a terminal shows, at most `max_frames` frames. Raises OSError.
-
-    Steps without a change are left out. The last frame, held for 3 seconds, is the `outcome`.
-    """
+    """Draws a decode as an animated GIF of what a terminal shows, without steps that change nothing; the last frame is
+    held for 3 seconds. Raises OSError."""
     pages = [layout(frame, WIDTH, ROWS) for frame in [*frames(trace, max_frames - 1), outcome(trace)]]
     letters = font()
     size = round(WIDTH * letters.getlength("m")) + 2 * MARGIN, (max(map(len, pages)) + 1) * ROW + 2 * MARGIN
     images = []
     for page in pages:
-        images.append(Image.new("RGB", size, PAPER))
+        images.append(Image.new("P", size, PAPER))
         draw = ImageDraw.Draw(images[-1])
         draw.font = letters
         for n, line in enumerate([[Cell(printable(title))], *page]):
             x = MARGIN
             for cell in line:
                 x = draw_cell(draw, x, MARGIN + n * ROW, cell)
-    # One palette for all frames, so that only what changes is stored; all colours are in the legend and the first text.
-    palette = images[0].quantize(method=Image.Quantize.FASTOCTREE)
-    images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     durations = [min(600, 12000 // len(images))] * (len(images) - 1) + [3000]
     images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0, disposal=1)
 
 
 def draw_cell(draw: ImageDraw.ImageDraw, x: float, y: float, cell: Cell) -> float:
-    """A token in the row that starts at y; returns where it ends. Underline, dots and strike carry the meaning of a
-    mark, colours repeat it."""
+    """A token in the row that starts at y; returns where it ends. Lines carry the meaning of a mark, colours repeat it."""
     word = cell.text.lstrip(" ") or cell.text
     x += draw.textlength(" ") * (len(cell.text) - len(word))
     end = x + draw.textlength(word)
-    _, ink, fill = COLORS.get(cell.mark[-1:] or cell.kind, (PAPER, DIM, PAPER))
+    _, ink, fill = COLORS.get(cell.mark[-1:] or cell.kind, (PAPER, "#818B98", PAPER))
     draw.rectangle((x, y + 2 * U, end - 1, y + 24 * U), fill)
     draw.text((x, y + 18 * U), word, ink, anchor="ls")
     for mark in cell.mark:
@@ -393,17 +384,12 @@ def draw_cell(draw: ImageDraw.ImageDraw, x: float, y: float, cell: Cell) -> floa
     return end
 
 
-PAGE = Path(__file__).with_suffix(".html")  # the page, with {{title}} and {{data}} where these go
-
-
 def write_html(trace: Trace, path, title: str = "nanoEdit", max_frames: int = 1000) -> None:
-    """Writes a decode as one HTML file that needs nothing else: a slider, a play button, arrow keys. Raises OSError.
-
-    The frames are chosen as in `write_gif`. All text of the model is data, set with `textContent`, never markup.
-    """
+    """Writes a decode as one HTML file that needs nothing else: a slider, a play button, arrow keys. All text of the
+    model is data, set with `textContent`, never markup. Raises OSError."""
     shown = [frame._asdict() for frame in [*frames(trace, max_frames - 1), outcome(trace)]]
     data = json.dumps(shown, separators=(",", ":")).replace("<", "\\u003c")  # so nothing can end the script element
-    head, tail = PAGE.read_text(encoding="utf-8").split("{{data}}")
+    head, tail = Path(__file__).with_suffix(".html").read_text(encoding="utf-8").split("{{data}}")
     Path(path).write_text(head.replace("{{title}}", html.escape(title)) + data + tail, encoding="utf-8")
 
 
