@@ -5,7 +5,7 @@
     trace.finish(prompt + samples[0].response).save("decode.json")
     write_gif(trace, "decode.gif")  # later: python -m plumbing.picture show|gif|html decode.json
 
-recording  per step, one sequence of the batch as it was, and the edits about to be made
+recording  per step, the first sequence of the batch as it was, and the edits about to be made
 frames     frame k is the sequence after k steps; every token is marked by how it got there, kept, inserted (+) or
            substituted (~), and by whether it is about to be deleted (-); a last frame shows what came of it
 lines      a frame as lines of text, for the terminal and the GIF
@@ -38,6 +38,8 @@ from plumbing import cli
 from ragged import DEL, GAP, KEEP, SUB, Ragged
 
 INSERTED, SUBSTITUTED, DELETED = "+", "~", "-"
+LEGEND = {INSERTED: "inserted", SUBSTITUTED: "substituted", DELETED: "to be deleted"}
+BLOCKS = {"mask": " ░░", "pad": " ·"}  # what stands for these tokens
 
 # ---- recording -------------------------------------------------------------------------------------------------------
 
@@ -119,7 +121,6 @@ class Trace:
             for step in record["steps"]:
                 trace._add(**step)
             trace._add(1.0, "", *record["final"], [])
-            frames(trace)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path}: not a trace written by nanoEdit ({type(error).__name__}: {error})") from error
         return trace
@@ -140,8 +141,6 @@ def _apply(state: State) -> tuple[list[int], list[object]]:
 
 
 # ---- frames ----------------------------------------------------------------------------------------------------------
-
-BLOCKS = {"mask": " ░░", "pad": " ·"}  # what stands for these tokens
 
 
 class Cell(NamedTuple):
@@ -252,18 +251,14 @@ def view(lines: list[list[Cell]], rows: int) -> list[list[Cell]]:
     return lines[start : start + rows]
 
 
-LEGEND = (Cell("inserted", mark=INSERTED), Cell("substituted", mark=SUBSTITUTED), Cell("to be deleted", mark=DELETED))
-
-
 def layout(frame: Frame, width: int, height: int) -> list[list[Cell]]:
     """A frame as lines: progress, the legend with the number of edits, the text."""
-    step = f"  step {frame.step}"
-    room = max(0, width - len(frame.phase) - len(step) - 2)
+    room = max(0, width - len(f"{frame.phase}    step {frame.step}"))
     full = round(room * frame.t)
-    head = [Cell(f"{frame.phase}  {'━' * full}"), Cell("─" * (room - full) + step, "dim")]
+    head = [Cell(f"{frame.phase}  {'━' * full}"), Cell(f"{'─' * (room - full)}  step {frame.step}", "dim")]
     legend = []
-    for cell, total in zip(LEGEND, frame.total):
-        legend += [cell, Cell(f" {total}   ")]
+    for (mark, name), total in zip(LEGEND.items(), frame.total):
+        legend += [Cell(name, mark=mark), Cell(f" {total}   ")]
     lines = [wrap(head, width)[0], *wrap(legend, width), []]
     rows = max(1, height - len(lines))
     if frame.draft is None:
@@ -279,6 +274,20 @@ BRACKETS = {INSERTED: ("{+", "+}"), SUBSTITUTED: ("{~", "~}"), DELETED: ("[-", "
 # Bold underline, reverse, strike-through: told apart without their colours, which NO_COLOR removes.
 STYLES = {INSERTED: ("1;4", ";32"), SUBSTITUTED: ("7", ";33"), DELETED: ("9", ";31")}
 ASCII = str.maketrans("░━─·¶", "_=-.$")  # for files that cannot hold the others
+
+U = 2  # pixels per unit of length: text stays crisp on dense screens
+SIZE, ROW, MARGIN = 15 * U, 26 * U, 28 * U
+WIDTH, ROWS = 69, 22  # of a frame, in letters and lines
+PAPER = "#FFFFFF"
+# Of a mark, of its text, and behind it; the marks' colours are Okabe and Ito's, made for colour-blind readers.
+COLORS = {
+    INSERTED: ("#009E73", "#005C43", "#D5F0E4"),
+    SUBSTITUTED: ("#0072B2", "#004F7C", "#DCEAF7"),
+    DELETED: ("#D55E00", "#A84300", "#FDE6D8"),
+    "text": (PAPER, "#1F2328", PAPER),
+    "mask": (PAPER, "#D8DEE4", "#D8DEE4"),
+}
+FONTS = ("DejaVuSansMono", "Menlo", "consola", "LiberationMono-Regular")  # found in the system's font folders
 
 
 def show(trace: Trace, file=None, delay: float = 0.1, limit: int = 8) -> None:
@@ -326,21 +335,6 @@ class Screen:
         return (f"\x1b[{codes}m", "\x1b[0m") if codes else ("", "")
 
 
-U = 2  # pixels per unit of length: text stays crisp on dense screens
-SIZE, ROW, MARGIN = 15 * U, 26 * U, 28 * U
-WIDTH, ROWS = 69, 22  # of a frame, in letters and lines
-PAPER = "#FFFFFF"
-# Of a mark, of its text, and behind it; the marks' colours are Okabe and Ito's, made for colour-blind readers.
-COLORS = {
-    INSERTED: ("#009E73", "#005C43", "#D5F0E4"),
-    SUBSTITUTED: ("#0072B2", "#004F7C", "#DCEAF7"),
-    DELETED: ("#D55E00", "#A84300", "#FDE6D8"),
-    "text": (PAPER, "#1F2328", PAPER),
-    "mask": (PAPER, "#D8DEE4", "#D8DEE4"),
-}
-FONTS = ("DejaVuSansMono", "Menlo", "consola", "LiberationMono-Regular")  # found in the system's font folders
-
-
 def font() -> ImageFont.FreeTypeFont:
     """A monospaced font of the system, else the one built into Pillow, which has little but ASCII."""
     for name in FONTS:
@@ -369,12 +363,12 @@ def write_gif(trace: Trace, path, title: str = "nanoEdit", max_frames: int = 120
 
 
 def draw_cell(draw: ImageDraw.ImageDraw, x: float, y: float, cell: Cell) -> float:
-    """A token in the row that starts at y; returns where it ends. Lines carry the meaning of a mark, colours repeat it."""
+    """A token in the row that starts at y; returns where it ends. Lines say what a mark says, colours repeat it."""
     word = cell.text.lstrip(" ") or cell.text
     x += draw.textlength(" ") * (len(cell.text) - len(word))
     end = x + draw.textlength(word)
     _, ink, fill = COLORS.get(cell.mark[-1:] or cell.kind, (PAPER, "#818B98", PAPER))
-    draw.rectangle((x, y + 2 * U, end - 1, y + 24 * U), fill)
+    draw.rectangle((x, y + 2 * U, end, y + 24 * U), fill)
     draw.text((x, y + 18 * U), word, ink, anchor="ls")
     for mark in cell.mark:
         top = y + (13 if mark == DELETED else 22) * U
@@ -402,10 +396,9 @@ def main(argv=None) -> None:
     args = f.parse_args(argv)
     trace = Trace.load(args.trace)
     if args.what == "show":
-        show(trace)
-    else:
-        write = {"gif": write_gif, "html": write_html}[args.what]
-        write(trace, args.output or f"decode_trace.{args.what}", args.title)
+        return show(trace)
+    write = {"gif": write_gif, "html": write_html}[args.what]
+    write(trace, args.output or f"decode_trace.{args.what}", args.title)
 
 
 if __name__ == "__main__":
