@@ -15,6 +15,7 @@ import multiprocessing
 import resource
 import time
 from functools import partial
+from itertools import product
 from statistics import median
 from unittest import mock
 
@@ -87,37 +88,31 @@ def bench_edit_distance(args):
     except ImportError:
         raise SystemExit("bench.py edit_distance needs rapidfuzz: pip install -r requirements-dev.txt") from None
 
+    def pairwise(pairs):
+        return lambda: [editops(x, y) for x, y in pairs]
+
+    def warm(run):  # several passes over the same pairs
+        return lambda: [run() for _ in range(args.passes)]
+
     rng = np.random.default_rng(args.seed)
     print(f"microseconds per pair, and how often edit_scripts is faster; vocabulary {args.vocab}")
     print("length  noise  edit_scripts | rapidfuzz   ratio | from lists   ratio | 2 threads")
-    for length in args.lengths:
-        for noise in args.noise:
-            clean = [rng.integers(0, args.vocab, length) for _ in range(args.pairs)]
-            noisy = [add_noise(rng, x, noise, args.vocab) for x in clean]
-            lists = [(x.tolist(), y.tolist()) for x, y in zip(noisy, clean)]
-            strings = [(as_string(x), as_string(y)) for x, y in lists]
-            contestants = {
-                "ours": lambda noisy=noisy, clean=clean: edit_scripts(noisy, clean),
-                "strings": lambda strings=strings: [editops(x, y) for x, y in strings],
-                "lists": lambda lists=lists: [editops(x, y) for x, y in lists],
-            }
-            for name, run in contestants.items():
-                contestants[name] = lambda run=run: [run() for _ in range(args.passes)]
-            seconds = take_turns(contestants, args.repeats, time.process_time)
-            batch_pairs = args.pairs * args.passes
-            ours, strings_us, lists_us = (1e6 * median(times) / batch_pairs for times in seconds.values())
-            contestants = {
-                "one": lambda noisy=noisy, clean=clean: edit_scripts(noisy, clean),
-                "two": lambda noisy=noisy, clean=clean: edit_scripts(noisy, clean, threads=2),
-            }
-            wall = take_turns(contestants, args.repeats)
-            print(
-                f"{length:6} {noise:6.0%} {ours:13.2f} |"
-                f" {strings_us:9.2f} {ratio(seconds['strings'], seconds['ours']):6.2f}x |"
-                f" {lists_us:10.2f} {ratio(seconds['lists'], seconds['ours']):6.2f}x |"
-                f" {ratio(wall['one'], wall['two']):8.2f}x",
-                flush=True,
-            )
+    for length, noise in product(args.lengths, args.noise):
+        clean = [rng.integers(0, args.vocab, length) for _ in range(args.pairs)]
+        noisy = [add_noise(rng, x, noise, args.vocab) for x in clean]
+        lists = [(x.tolist(), y.tolist()) for x, y in zip(noisy, clean)]
+        strings = [(as_string(x), as_string(y)) for x, y in lists]
+        one, two = partial(edit_scripts, noisy, clean), partial(edit_scripts, noisy, clean, threads=2)
+        contestants = {"ours": warm(one), "strings": warm(pairwise(strings)), "lists": warm(pairwise(lists))}
+        s = take_turns(contestants, args.repeats, time.process_time)
+        us = {name: 1e6 * median(times) / (args.pairs * args.passes) for name, times in s.items()}
+        wall = take_turns({"one": one, "two": two}, args.repeats)
+        print(
+            f"{length:6} {noise:6.0%} {us['ours']:13.2f} |"
+            f" {us['strings']:9.2f} {ratio(s['strings'], s['ours']):6.2f}x |"
+            f" {us['lists']:10.2f} {ratio(s['lists'], s['ours']):6.2f}x | {ratio(wall['one'], wall['two']):8.2f}x",
+            flush=True,
+        )
 
 
 def add_noise(rng, clean, noise, vocab):

@@ -29,24 +29,23 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import tokenizers
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from tokenizers import AddedToken, BertWordPieceTokenizer, ByteLevelBPETokenizer, Regex, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import models
 from plumbing import checkpoints, cli, methods
+from plumbing.checkpoints import CHECKPOINT_FILES, SAFETENSORS, Lazy, disk_name
 from plumbing.tokenizer import CHAT_TEMPLATE, DEL_TOKEN, SPECIAL_TOKENS, Tokenizer, load_tokenizer, read_json
 
 SHARD_BYTES = 2 * 10**9  # a file of the target; a larger tensor has a file for itself
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 QUESTION_ANSWER_TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}
@@ -102,121 +101,39 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------------------------------------------- find
 
 
-@dataclass
-class Lazy:
-    """A tensor of the source or of the target that is made when it is needed.
-
-    name: in the file; meta: its shape and dtype, without values; how: "copied", or where else it comes from.
-    """
-
-    name: str
-    meta: Tensor
-    make: Callable[[], Tensor]
-    how: str = "copied"
-
-
-def fetch(path_or_hub_id: str, revision: str | None) -> Path:
+def fetch(path_or_hub_id: str, revision: str | None = None) -> Path:
     """The source's directory; from the hub, PyTorch files are fetched only where there is no safetensors file."""
     directory = checkpoints.local_path(path_or_hub_id, revision=revision)
-    if Path(path_or_hub_id).is_dir() or any(directory.glob("*.safetensors")):
+    if any(directory.glob("*.safetensors")):
         return directory
-    return checkpoints.local_path(path_or_hub_id, ("*.json", "*.jinja", "*.model", "*.txt", "*.bin"), revision)
+    return checkpoints.local_path(path_or_hub_id, (*CHECKPOINT_FILES, "*.bin"), revision)
 
 
-def find_tensors(directory: Path) -> dict[str, Lazy]:
-    """Every tensor of a checkpoint by its name on disk. Raises OSError for missing, ValueError for broken files."""
-    formats = {"model.safetensors": "a safetensors index", "pytorch_model.bin": "an index of PyTorch files"}
-    for name, what in formats.items():
-        single, index = directory / name, directory / f"{name}.index.json"
-        if index.is_file():
-            files = set(checkpoints.indexed_files(index, what).values())
-            return {name: tensor for file in sorted(files) for name, tensor in header(file).items()}
-        if single.is_file():
-            return header(single)
-    tried = ", ".join(f"{name}, {name}.index.json" for name in formats)
-    raise OSError(f"{directory}: no weights; looked for {tried}")
-
-
-def header(file: Path) -> dict[str, Lazy]:
-    """The tensors of a file. From safetensors, and from PyTorch files since 1.6, none of them is read yet."""
-    if file.suffix == ".bin":
-        return {name: Lazy(name, tensor.to("meta"), tensor.clone) for name, tensor in load_bin(file).items()}
-    found = {}
-    with checkpoints.open_tensors(file) as f:
-        for name in f.keys():  # noqa: SIM118
-            stored = f.get_slice(name)
-            dtype = FLOATS.get(stored.get_dtype(), torch.uint8)  # for all that is no float: `check` refuses it
-            meta = torch.empty(stored.get_shape(), dtype=dtype, device="meta")
-            found[name] = Lazy(name, meta, partial(checkpoints.read_tensor, file, name, meta.shape))
-    return found
-
-
-def load_bin(file: Path) -> dict[str, Tensor]:
-    """A PyTorch file, from the memory map where its format allows. weights_only: nothing else is unpickled."""
+def load_bin(file: Path) -> dict[str, Lazy]:
+    """The tensors of a PyTorch file, from the memory map where its format allows. Nothing else is unpickled."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+        return {name: Lazy(name, file, t.to("meta"), t.clone) for name, t in state.items() if isinstance(t, Tensor)}
     except Exception as e:  # whatever a broken or hostile pickle leads to
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        reason = str(e).partition("\n")[0]
         raise ValueError(f"{file}: truncated, corrupt, or not a PyTorch file of tensors alone ({reason})") from None
 
 
-def read_config(directory: Path) -> models.Config:
-    """config.json. LLaDA's own names of its fields are dropped: whatever is written has Llama's."""
-    config = checkpoints.read_config(directory)
-    if "d_model" in config.other:
-        config.other = {field: value for field, value in config.other.items() if field.endswith("_token_id")}
-    return config
+FORMATS = SAFETENSORS | {"pytorch_model.bin": load_bin}
 
 
 def spellings(name: str, kind: str) -> list[str]:
     """The names that a file may have for what we call `name`, with the name in our own files first."""
-    ours, base = checkpoints.disk_name(kind, name), checkpoints.disk_name(kind, "model.")
+    ours, base = disk_name(kind, name), disk_name(kind, "model.")
     names = [ours, ours.removeprefix(base)]  # the second: of a backbone saved alone
     if name.startswith("lm_head."):
         names += [name.replace("lm_head", module) for module in OUTPUT.get(kind, [])]
     if kind == "llada":
-        names.append(checkpoints.rename(name, checkpoints.LLADA_NAMES))
+        names.append(disk_name("llada original", name))
     if kind == "bert":  # as in the first BERT checkpoints
         old = [("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")]
         names += [n.replace(new, their) for n in names for new, their in old if n.endswith(new)]
     return names
-
-
-def base_checkpoint(directory: Path, merge: bool) -> Path:
-    """Where the weights are: the checkpoint itself, or the one that its adapters belong to."""
-    if not (directory / "adapter_config.json").is_file():
-        if merge:
-            raise ValueError(f"--merge_lora: {directory} holds no adapters (there is no adapter_config.json)")
-        return directory
-    if not merge:
-        raise ValueError(f"{directory}: holds LoRA adapters, not a whole model; pass --merge_lora")
-    base = fetch(checkpoints.read_adapter_config(directory)["base_model_name_or_path"], None)
-    checkpoints.check_base(base, directory)
-    return base
-
-
-def merged(have: dict[str, Lazy], directory: Path) -> dict[str, Lazy]:
-    """The tensors of a base checkpoint with the adapters and heads of `directory`. Raises ValueError for strangers."""
-    settings, file = checkpoints.read_adapter_config(directory), directory / "adapter_model.safetensors"
-    rank, adapters = settings["r"], header(file)
-    have = have | header(directory / "heads.safetensors")
-    for name in [name for name in adapters if name.endswith(".lora_A.weight")]:
-        target = name.removeprefix(checkpoints.PREFIX).replace(".lora_A", "")
-        W, A, B = have.get(target), adapters[name], adapters.get(name.replace(".lora_A.", ".lora_B."))
-        if not W or not B:
-            raise ValueError(f"{file}: {name} has no partner or no matrix {target!r} to be added to")
-        rows, columns = W.meta.shape
-        for factor, shape in ((A, (rank, columns)), (B, (rows, rank))):
-            if factor.meta.shape != shape:
-                raise ValueError(f"{file}: {factor.name} has shape {list(factor.meta.shape)}, not {list(shape)}")
-        have[target] = replace(W, make=partial(add_product, W, settings["lora_alpha"] / rank, B, A))
-    return have
-
-
-def add_product(W: Lazy, scale: float, B: Lazy, A: Lazy) -> Tensor:
-    """W + scale * B A, computed in float32 and rounded once."""
-    return (W.make().float() + scale * B.make().float() @ A.make().float()).to(W.meta.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- tokens
@@ -235,37 +152,37 @@ def open_tokenizer(directory: Path, kind: str) -> Tokenizer:
     return tokenizer
 
 
-def from_vocabulary(directory: Path, kind: str) -> tokenizers.Tokenizer:
-    """vocab.txt (WordPiece, BERT) or vocab.json + merges.txt (byte-level BPE: RoBERTa, Qwen2, Dream)."""
+def from_vocabulary(directory: Path, kind: str) -> tokenizers.Tokenizer | None:
+    """vocab.txt (WordPiece, BERT) or vocab.json + merges.txt (byte-level BPE: RoBERTa, Qwen2, Dream), if there."""
     words, vocab, merges = (directory / name for name in ("vocab.txt", "vocab.json", "merges.txt"))
     options = read_json(directory / "tokenizer_config.json")
-    if words.is_file():
-        files, read = [words], partial(
-            BertWordPieceTokenizer.from_file,
-            lowercase=bool(options.get("do_lower_case", True)),
-            strip_accents=options.get("strip_accents") and True,
-            handle_chinese_chars=bool(options.get("tokenize_chinese_chars", True)),
-        )
-    elif vocab.is_file() and merges.is_file():
-        files, read = [vocab, merges], ByteLevelBPETokenizer.from_file
-    else:
-        tried = "tokenizer.json, tokenizer.model, vocab.txt, vocab.json with merges.txt"
-        raise OSError(f"no tokenizer in {directory}: looked for {tried}")
     try:
-        backend = tokenizers.Tokenizer.from_str(read(*map(str, files)).to_str())
+        if words.is_file():
+            backend = BertWordPieceTokenizer.from_file(
+                str(words),
+                lowercase=bool(options.get("do_lower_case", True)),
+                strip_accents=options.get("strip_accents") and True,
+                handle_chinese_chars=bool(options.get("tokenize_chinese_chars", True)),
+            )
+        elif vocab.is_file() and merges.is_file():
+            backend = ByteLevelBPETokenizer.from_file(str(vocab), str(merges))
+        else:
+            return None
     except Exception as e:  # the library raises nothing more special
-        raise ValueError(f"{' or '.join(map(str, files))}: not readable ({e})") from None
+        files = words if words.is_file() else f"{vocab} or {merges}"
+        raise ValueError(f"{files}: not readable ({e})") from None
+    backend = tokenizers.Tokenizer.from_str(backend.to_str())
     if not words.is_file() and kind != "roberta":  # Qwen2 cuts texts otherwise
-        contraction, word = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+"
-        marks, space = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"
-        pieces = Regex("|".join([contraction, word, r"\p{N}", marks, space]))
+        pieces = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        pieces += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        split = pre_tokenizers.Split(Regex(pieces), "isolated")
         as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.normalizer = normalizers.NFC()
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), as_bytes])
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
     return backend
 
 
-def prepare_tokenizer(tokenizer: Tokenizer, kind: str, needed: tuple) -> tuple[dict[str, int], dict[str, int]]:
+def prepare_tokenizer(tokenizer: Tokenizer, kind: str, needed: tuple) -> tuple[dict, dict]:
     """Gives the tokenizer, in place, what editing needs: ({token: id} added, {token: id} put on reserved ids).
 
     needed: the roles of special tokens (TOKENS) that the method cannot do without.
@@ -290,20 +207,19 @@ def prepare_tokenizer(tokenizer: Tokenizer, kind: str, needed: tuple) -> tuple[d
 
 def use_reserved_ids(tokenizer: Tokenizer, names: list[str]) -> dict[str, int]:
     """Renames reserved tokens (`<|reserved_token_0|>`, ...) in the order of their ids: the embedding need not grow."""
-    spec = json.loads(tokenizer.backend.to_str())
-    free = [token for token in spec["added_tokens"] if re.fullmatch(r"<\|reserved_\w*\d+\|>", token["content"])]
-    taken = {}
+    spec, known, taken = tokenizer.backend.to_str(), tokenizer.backend.get_added_tokens_decoder(), {}
+    free = [i for i in sorted(known) if re.fullmatch(r"<\|reserved_\w*\d+\|>", known[i].content)]
     missing = [name for name in names if tokenizer.backend.token_to_id(name) is None]
-    for name, token in zip(missing, sorted(free, key=lambda token: token["id"])):
-        vocab = spec["model"]["vocab"]
-        if token["content"] in vocab:
-            vocab[name] = vocab.pop(token["content"])
-        token["content"], taken[name] = name, token["id"]
-    tokenizer.backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    for name, i in zip(missing, free):
+        spec, taken[name] = spec.replace(json.dumps(known[i].content), json.dumps(name)), i
+    tokenizer.backend = tokenizers.Tokenizer.from_str(spec)
     return taken
 
 
 # ---------------------------------------------------------------------------------------------------- plan
+
+
+IN_A_BLOCK = re.compile(r"(^|\.)(layers|layer|blocks)\.\d+\.")
 
 
 def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: int, seed: int):
@@ -329,7 +245,7 @@ def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: 
     outputs = [*(method.HEADS[0] for method in methods.METHODS.values()), "lm_head"]
     output = next((module for module in outputs if find(f"{module}.weight")), embedding.removesuffix(".weight"))
     if output not in outputs and not may_be_tied:
-        raise ValueError("tensor 'lm_head.weight' is missing, and config.json does not tie it to the embeddings")
+        raise ValueError("tensor 'lm_head.weight' is missing, and not tied to the embeddings")
 
     plan, used = [], set()
     for name in sorted(parameters, key=lambda name: name != embedding):  # the embedding has the dtype of what is new
@@ -341,20 +257,24 @@ def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: 
                 source = find("lm_head.bias")  # an output matrix tied to the embeddings has a bias of its own
             how = f"copy of {source.name}" if source and module != output else "copied"
         if source:
-            check(source, parameters[name].shape)
+            source.check(*parameters[name].shape)
             used.add(source.name)
             meta, make = source.meta, source.make
         elif name in fresh:
             meta, make, how = fresh[name].to("meta", plan[0].meta.dtype), fresh[name].clone, "new"
         else:
-            raise ValueError(f"tensor {spellings(name, kind)[0]!r} is missing, although config.json asks for it")
+            raise ValueError(f"tensor {spellings(name, kind)[0]!r} is missing, but config.json asks for it")
         if new_ids and (module in (*heads, "") or name == embedding):  # "": token frequencies
             meta, make = meta.new_empty(rows, *meta.shape[1:]), partial(grow, make, new_ids, rows)
-        plan.append(Lazy(checkpoints.disk_name(kind, name), meta, make, how))
+        plan.append(Lazy(disk_name(kind, name), None, meta, make, how))
     if to not in methods.METHODS:
         plan = hf_plan(plan, find(f"{output}.weight"), find(embedding), config)
     left_over = [name for name in have if name not in used]
-    refuse_strangers(left_over)
+    # outside the blocks: a pooler or another head; inside, where no old buffer of angles is: of another model
+    strangers = [name for name in left_over if IN_A_BLOCK.search(name) and not name.endswith("inv_freq")]
+    if strangers:
+        found = f"{len(strangers)} tensors in the blocks that it does not ask for, such as {strangers[0]!r}"
+        raise ValueError(f"config.json describes another model: there are {found}")
     return plan, left_over
 
 
@@ -396,28 +316,10 @@ def new_tensors(model: nn.Module, heads: tuple[str, ...], seed: int) -> dict[str
     return fresh | {name: torch.zeros(state[name].shape) for name in biases}
 
 
-def check(stored: Lazy, shape: torch.Size) -> None:
-    if stored.meta.dtype not in FLOATS.values():
-        known = ", ".join(FLOATS)
-        raise ValueError(f"tensor {stored.name!r} is none of {known}: quantised weights cannot be converted")
-    if stored.meta.shape != shape:
-        found, asked = list(stored.meta.shape), list(shape)
-        raise ValueError(f"tensor {stored.name!r} has shape {found}, config.json asks for {asked}")
-
-
-def refuse_strangers(left_over: list[str]) -> None:
-    """What is left over outside the blocks is a pooler or another head; inside, the config tells of another model."""
-    block = re.compile(r"(^|\.)(layers|layer|blocks)\.\d+\.")
-    strangers = [name for name in left_over if block.search(name) and not name.endswith("rotary_emb.inv_freq")]
-    if strangers:
-        count = f"{len(strangers)} tensors in the blocks"
-        raise ValueError(f"config.json describes another model: it asks for none of {count}, such as {strangers[0]!r}")
-
-
 def grow(make: Callable[[], Tensor], new_ids: list[int], rows: int) -> Tensor:
     """[V] or [V, D] with `rows` rows; those of new tokens are the mean of the old ones."""
     old = make()
-    total = sum(part.sum(0, dtype=torch.float32) for part in old.split(4096))  # torch copies what it sums to float32
+    total = sum(part.sum(0, dtype=torch.float32) for part in old.split(4096))  # in parts: they are copied
     mean = (total / len(old)).to(old.dtype)
     new = mean.repeat(rows, *[1] * (old.dim() - 1))
     new[: len(old)] = old
@@ -428,7 +330,7 @@ def grow(make: Callable[[], Tensor], new_ids: list[int], rows: int) -> Tensor:
 def hf_plan(plan: list[Lazy], matrix: Lazy, embedding: Lazy, config) -> list[Lazy]:
     """The plan under Hugging Face's names. An output matrix still equal to the embedding it was tied to is left out."""
     may_be_tied = config.tie_word_embeddings and matrix.meta.shape == embedding.meta.shape
-    is_tied = matrix is embedding or (may_be_tied and torch.equal(matrix.make(), embedding.make()))
+    is_tied = matrix is embedding or (may_be_tied and torch.equal(matrix.read(), embedding.read()))
     modules = OUTPUT.get(config.model_type, ["lm_head"])
     names = {
         "lm_head.weight": [] if is_tied else [f"{modules[0]}.weight"],
@@ -443,12 +345,9 @@ def hf_plan(plan: list[Lazy], matrix: Lazy, embedding: Lazy, config) -> list[Laz
 def write_tensors(directory: Path, plan: list[Lazy], split) -> None:
     """The files of a StateDictSplit. The tensors of one file at a time are in memory."""
     planned = {tensor.name: tensor for tensor in plan}
-
-    def made(name: str) -> Tensor:
-        return planned[name].make().to(planned[name].meta.dtype).contiguous()
-
+    directory.mkdir(parents=True)
     for file, names in tqdm(split.filename_to_tensors.items(), unit="file", desc="writing", leave=False):
-        save_file({name: made(name) for name in names}, directory / file, metadata={"format": "pt"})
+        checkpoints.write_tensors(directory / file, {name: planned[name].read() for name in names})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         checkpoints.write_json(directory / "model.safetensors.index.json", index)
@@ -456,37 +355,29 @@ def write_tensors(directory: Path, plan: list[Lazy], split) -> None:
 
 def target_config(config: models.Config, to: str, rows: int, plan: list[Lazy]) -> dict:
     """config.json of the target. config: the source's, with the target's own settings."""
-    kind, foreign = config.model_type, {"architectures", "auto_map", "torch_dtype"}
+    kind, dropped = config.model_type, {"architectures", "auto_map", "torch_dtype"}
     new = checkpoints.config_as_json(config)
     new |= {"model_type": kind, "vocab_size": rows, "dtype": str(plan[0].meta.dtype).removeprefix("torch.")}
     if to not in methods.METHODS:
-        foreign.add("nanoedit")
+        dropped.add("nanoedit")
         if kind not in ENCODER_TOKENS:
             new["is_causal"] = False
         output = OUTPUT.get(kind, ["lm_head"])[0]
         new["tie_word_embeddings"] = f"{output}.weight" not in {tensor.name for tensor in plan}
-    new = {field: value for field, value in new.items() if field not in foreign}
     if to == "hf":
-        ours = {"qk_norm", "attention_out_bias", "vocab_bias"}
-        new = {field: value for field, value in new.items() if field not in ours and value is not None}
-        new |= {"model_type": HF_TYPE.get(kind, kind), "architectures": [HF_CLASS[HF_TYPE.get(kind, kind)]]}
-    return new
+        dropped |= {"qk_norm", "attention_out_bias", "vocab_bias", *(name for name in new if new[name] is None)}
+        new["model_type"] = HF_TYPE.get(kind, kind)
+    new = {name: value for name, value in new.items() if name not in dropped}
+    return new | ({"architectures": [HF_CLASS[new["model_type"]]]} if to == "hf" else {})
 
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Raises OSError where the directory cannot be written or must not be."""
-    try:
-        if output.exists() and not output.is_dir():
-            raise OSError("is a file; choose another name")
-        if output.is_dir() and any(output.iterdir()) and not overwrite:
-            raise OSError("not empty; choose another folder, or pass --overwrite")
-        if (output / "train_state.json").is_file():
-            raise OSError("holds a checkpoint of a run, which would be lost; choose another folder")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(output.parent, os.W_OK):
-            raise OSError("its folder is not yours to write to")
-    except OSError as e:
-        raise OSError(f"--output_dir {output}: {f'cannot be written to ({e.strerror})' if e.strerror else e}") from None
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise OSError(f"--output_dir {output}: not empty; choose another folder, or pass --overwrite")
+    if (output / checkpoints.STATE).is_file():
+        raise OSError(f"--output_dir {output}: holds a checkpoint of a run; choose another folder")
+    checkpoints.check_writable(output if output.exists() else output.parent, output)
 
 
 def publish(written: Path, output: Path) -> None:
@@ -507,31 +398,28 @@ def convert(args) -> None:
     output = Path(os.path.abspath(args.output_dir))
     check_output(output, args.overwrite)
     directory = fetch(args.model_name_or_path, args.revision)
-    config = read_config(directory)
-    kind = config.model_type
-    base = base_checkpoint(directory, args.merge_lora)
-    method = methods.get(args.to) if args.to in methods.METHODS else None
+    is_adapted = (directory / "adapter_config.json").is_file()
+    if is_adapted != args.merge_lora:
+        holds = "adapters, not a whole model: pass" if is_adapted else "no adapters for"
+        raise ValueError(f"{directory} holds {holds} --merge_lora")
+    config = checkpoints.read_config(directory)
+    if "d_model" in config.other:  # LLaDA's own names of the fields; what is written has Llama's
+        config.other = {field: value for field, value in config.other.items() if field.endswith("_token_id")}
+    method = methods.METHODS.get(args.to)
     if method:
         config.nanoedit = {"method": args.to} | method.remember(args, config.nanoedit)
+    have = checkpoints.find_tensors(directory, FORMATS, fetch)
 
-    tokenizer = open_tokenizer(directory, kind)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, config.json a vocab_size of "
-            f"{config.vocab_size}; they do not belong together"
-        )
+    tokenizer, rows = open_tokenizer(directory, config.model_type), config.vocab_size
+    if tokenizer.vocab_size > rows:
+        known = f"{tokenizer.vocab_size} tokens"
+        raise ValueError(f"{directory}: the tokenizer has {known}, but config.json a vocab_size of {rows}")
     added, reserved = {}, {}
     if args.to != "hf":
-        added, reserved = prepare_tokenizer(tokenizer, kind, method.TOKENS if method else ())
-    rows = max(config.vocab_size, tokenizer.vocab_size)
+        added, reserved = prepare_tokenizer(tokenizer, config.model_type, method.TOKENS if method else ())
+    rows = max(rows, tokenizer.vocab_size)
 
-    have = find_tensors(base)
-    if base != directory:
-        have = merged(have, directory)
-    try:
-        plan, left_over = make_plan(have, config, args.to, list(added.values()), rows, args.seed)
-    except ValueError as e:
-        raise ValueError(f"{directory}: {e}") from None
+    plan, left_over = make_plan(have, config, args.to, list(added.values()), rows, args.seed)
     if args.dtype != "keep":
         plan = [replace(tensor, meta=tensor.meta.to(getattr(torch, args.dtype))) for tensor in plan]
     split = split_torch_state_dict_into_shards({t.name: t.meta for t in plan}, max_shard_size=SHARD_BYTES)
@@ -540,13 +428,20 @@ def convert(args) -> None:
         raise OSError(f"--output_dir {output}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
     target = output.with_name(f".converted-{output.name}") if output.exists() else output
-    with checkpoints.whole_directory(target) as writing:
+    with checkpoints.replacing(target) as writing:
         write_tensors(writing, plan, split)
-        checkpoints.write_json(writing / "config.json", target_config(config, args.to, rows, plan))
         tokenizer.save(writing)
+        checkpoints.write_json(writing / "config.json", target_config(config, args.to, rows, plan))
     if target != output:
         publish(target, output)
-    report(kind, args.to, plan, left_over)
+
+    new = [tensor for tensor in plan if tensor.how != "copied"]
+    counts = f"{len(plan) - len(new)} tensors copied, {len(new)} new, {len(left_over)} left over"
+    print(f"{config.model_type} -> {args.to}: {counts}")
+    for tensor in new:
+        print(f"  {tensor.name} {list(tensor.meta.shape)}: {tensor.how}")
+    if left_over:
+        print(f"  left over: {', '.join(left_over)}")
     for what, tokens in (("added", added), ("put on reserved ids", reserved)):
         if tokens:
             print(f"tokens {what}: {', '.join(f'{token} = {i}' for token, i in tokens.items())}")
@@ -554,15 +449,6 @@ def convert(args) -> None:
         print(f"vocabulary grown from {config.vocab_size} to {rows} rows; new rows are the mean of the others")
     files = len(split.filename_to_tensors)
     print(f"saved in {output}: {size / 1e9:.2f} GB in {files} file{'s' * (files > 1)}")
-
-
-def report(kind: str, to: str, plan: list[Lazy], left_over: list[str]) -> None:
-    new = [tensor for tensor in plan if tensor.how != "copied"]
-    print(f"{kind} -> {to}: {len(plan) - len(new)} tensors copied, {len(new)} new, {len(left_over)} left over")
-    for tensor in new:
-        print(f"  {tensor.name} {list(tensor.meta.shape)}: {tensor.how}")
-    if left_over:
-        print(f"  left over: {', '.join(left_over)}")
 
 
 def main(argv=None):

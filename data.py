@@ -11,24 +11,23 @@ The normal forms of a record:
     {"text": str}                               a document; one longer than --max_length becomes several examples
     {"messages": [...], "response": str, "draft": str | None}
                                                 a dialogue and its answer; with a draft, the answer is an edited draft
-    {"corpus": str}                             the text of .txt files, cut into examples anew in every epoch
+    {"corpus": str}                             a stretch of a .txt file; all are cut into examples anew in every epoch
 
-A record that cannot be read travels as the ValueError that says why, from its reader to `normalise`, which raises it;
-so whoever consumes records skips or reports a broken one in one place. What spoils the rest of a file is raised at
-once. Every such error is one line that begins with the file and the line or record at fault.
+A record that cannot be read travels as the ValueError that says why, from its reader to `detect_form`, which raises it;
+so whoever consumes records skips or reports a broken one in one place. Every error is one line that begins with the
+file and the line or record at fault.
 """
 
 import csv
+import glob
 import gzip
 import io
 import json
 import os
 import re
 import reprlib
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -55,10 +54,7 @@ class Source:
 
 
 def parse_spec(spec: str) -> list[Source]:
-    """`name[train:5000,test:500] + other`; | works like +. Raises ValueError.
-
-    A spec that is the path of a file or folder is taken whole, whatever characters are in it.
-    """
+    """`name[train:5000,test:500] + other`; | works like +. A path that exists is taken whole. Raises ValueError."""
     if os.path.exists(spec):
         return [Source(spec)]
     sources = []
@@ -75,9 +71,22 @@ def parse_spec(spec: str) -> list[Source]:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def read_file(path: Path) -> Iterator[tuple[str, dict | ValueError]]:
-    """(place, record) for every record; the place is "file:line", or "file: record 7" where lines say little."""
-    return READERS[suffix(path)](path)
+def read_file(path) -> Iterator[tuple[str, dict | ValueError]]:
+    """(place, record) for every record of a Path, or of what has its `name` and `open("rb")`. The place is "file:line",
+    or "file: record 7" where lines say little. What is none of READERS is read as plain text.
+
+    Raises OSError, and ValueError where the rest cannot be read, with the place of the last good record.
+    """
+    place = ""
+    try:
+        with path.open("rb") as packed:
+            file = gzip.GzipFile(fileobj=packed) if path.name.endswith(".gz") else packed
+            for place, record in READERS.get(suffix(path), READERS[".txt"])(file):
+                yield f"{path}{place}", record
+    except Exception as error:  # those of gzip, zlib, csv, json and pyarrow have little in common
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+            raise
+        raise ValueError(f"{path}{place}: cannot be read {'from here on ' if place else ''}({error})") from error
 
 
 def suffix(path) -> str:
@@ -85,117 +94,92 @@ def suffix(path) -> str:
     return os.path.splitext(getattr(path, "name", path).removesuffix(".gz"))[1].lower()
 
 
-@contextmanager
-def open_file(path) -> Iterator:
-    """The bytes of a file, unpacked. `path` is anything that has `name` and `open("rb")`."""
+def decode(line: bytes) -> str:
+    """What is not UTF-8 becomes half characters, which `check_utf8` refuses."""
+    return line.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n")
+
+
+def check_utf8(text: str) -> str:
     try:
-        with path.open("rb") as file:
-            yield gzip.GzipFile(fileobj=file) if path.name.endswith(".gz") else file
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}:1: not a complete gzip file ({error}); fetch or pack it again") from error
+        text.encode()
+    except UnicodeEncodeError as error:
+        wrong = f"{text[error.start]!r}, character {error.start + 1}"
+        raise ValueError(f"not UTF-8 ({wrong}); convert the file, say with iconv") from None
+    return text
 
 
-def numbered_lines(path) -> Iterator[tuple[str, str | ValueError]]:
-    """(place, line) for every line; a line that is not UTF-8 comes as an error."""
-    with open_file(path) as file:
-        for number, line in enumerate(file, 1):
-            yield f"{path}:{number}", decode_line(line)
-
-
-def decode_line(line: bytes) -> str | ValueError:
+def parse_json(text: str):
     try:
-        return line.removeprefix(b"\xef\xbb\xbf").decode().replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8 (byte {error.start + 1} of the line); convert it, say with iconv")
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        advice = "a .jsonl file holds one object per line, a .json file one list of them"
+        raise ValueError(f"not JSON ({error}); {advice}") from error
 
 
-def _whole_lines(path: Path) -> Iterator[str]:
-    """Lines for formats in which one bad line spoils the rest."""
-    for place, line in numbered_lines(path):
-        if isinstance(line, ValueError):
-            raise ValueError(f"{place}: {line}")
-        yield line
-
-
-def _read_txt(path: Path):
-    """The whole file is one record."""
-    lines = []
-    for place, line in numbered_lines(path):
-        if isinstance(line, ValueError):
-            yield place, line
-        else:
-            lines.append(line)
-    text = "".join(lines)
-    yield f"{path}:1", {"corpus": text} if text.strip() else ValueError("the file holds no text")
-
-
-def parse_jsonl(lines: Iterable[tuple[str, str | ValueError]]) -> Iterator[tuple[str, dict | ValueError]]:
+def parse_jsonl(lines: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, dict | ValueError]]:
     """(place, record) from (place, line); empty lines are left out."""
     for place, line in lines:
-        if isinstance(line, ValueError):
-            yield place, line
-        elif line.strip():
-            yield place, _parse_json(line)[0]
+        if line.strip():
+            try:
+                record = parse_json(check_utf8(decode(line)))
+            except ValueError as error:
+                record = error
+            yield place, record
 
 
-def _parse_json(text: str) -> tuple:
-    """(the value or the ValueError that says why there is none, the line at fault)"""
-    try:
-        return json.loads(text), 1
-    except json.JSONDecodeError as error:
-        advice = "a .jsonl file holds one object per line, a .json file one list of them"
-        return ValueError(f"not JSON ({error.msg} at column {error.colno}); {advice}"), error.lineno
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of nested brackets
-        return ValueError(f"not usable JSON ({error})"), 1
+def parse_txt(lines: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, dict | ValueError]]:
+    """(place, record) from (place, line): stretches of some 16,000 characters."""
+    begin = text = ""
+    for place, line in lines:
+        try:
+            text += check_utf8(decode(line))
+            begin = begin or place
+        except ValueError as error:
+            yield place, error
+        if len(text) >= STRETCH:
+            yield begin, {"corpus": text}
+            begin = text = ""
+    if text.strip():
+        yield begin, {"corpus": text}
 
 
-def _read_json(path: Path):
+def _numbered(items: Iterable, before: str) -> Iterator[tuple[str, object]]:
+    return ((f"{before}{number}", item) for number, item in enumerate(items, 1))
+
+
+def _read_json(file):
     """A list of records, or an object of which one value is a list."""
-    value, line = _parse_json("".join(_whole_lines(path)))
-    lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else []
-    records = lists[0] if len(lists) == 1 else value
-    if not isinstance(records, list):
-        wanted = "the file must hold a list of records, or an object with exactly one list"
-        raise ValueError(f"{path}:{line}: {value if isinstance(value, ValueError) else wanted}")
-    for number, record in enumerate(records, 1):
-        yield f"{path}: record {number}", record
+    value = parse_json(check_utf8(decode(file.read())))
+    values = value.values() if isinstance(value, dict) else [value]
+    lists = [item for item in values if isinstance(item, list)]
+    if len(lists) != 1:
+        raise ValueError("the file must hold a list of records, or an object with exactly one list")
+    return _numbered(lists[0], ": record ")
 
 
-def _read_csv(path: Path):
+def _read_csv(file):
     """The first line names the fields."""
     csv.field_size_limit(2**31 - 1)  # the default refuses documents of more than 128 kB
-    rows = csv.DictReader(_whole_lines(path), strict=True)
-    while True:
-        try:
-            record = next(rows)
-            if None in record:
-                record = ValueError(f"more values than the {len(rows.fieldnames)} fields of the header")
-        except StopIteration:
-            return
-        except csv.Error as error:
-            record = ValueError(f"not CSV ({error})")
-        yield f"{path}:{rows.reader.line_num}", record  # that of `rows` lags behind after an error
+    rows = csv.DictReader(map(decode, file), strict=True)
+    return ((f":{rows.line_num}", row) for row in rows)
 
 
-def _read_parquet(path: Path):
+def _read_parquet(file):
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError:
-        raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        with open_file(path) as file:
-            # a packed file is unpacked once, not again wherever a column begins
-            table = parquet.ParquetFile(io.BytesIO(file.read()) if path.name.endswith(".gz") else file)
-            rows = (row for batch in table.iter_batches(batch_size=256) for row in batch.to_pylist())
-            for number, record in enumerate(rows, 1):
-                yield f"{path}: record {number}", record
-    except ArrowException as error:
-        raise ValueError(f"{path}:1: not a readable parquet file ({error})") from error
+        raise ValueError("parquet needs pyarrow: pip install pyarrow") from None
+    # a packed file is unpacked once, not again wherever a column begins
+    table = parquet.ParquetFile(io.BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file)
+    batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=256))
+    return _numbered(chain.from_iterable(batches), ": record ")
 
 
+STRETCH = 1 << 14  # characters of a .txt file that make a record
+LINES = {".txt": parse_txt, ".jsonl": parse_jsonl}
 READERS = {
-    ".txt": _read_txt,
-    ".jsonl": lambda path: parse_jsonl(numbered_lines(path)),
+    ".txt": lambda file: parse_txt(_numbered(file, ":")),
+    ".jsonl": lambda file: parse_jsonl(_numbered(file, ":")),
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
@@ -206,43 +190,38 @@ NOT_DATA = {"dataset_infos.json", "dataset_dict.json", "state.json", "requiremen
 HELD_OUT = re.compile(r"(?<![a-z])(test|validation|valid|val|dev|eval)(?![a-z])")
 
 
-def data_files(name: str) -> list[Path]:
-    """The files a name stands for: itself, those in a folder, or those of a hub dataset (`owner/dataset[/folder]`).
-
-    Raises ValueError or OSError when there are none, or when the hub cannot be reached.
+def data_files(name: str, hub_files=None) -> list:
+    """The files a name stands for: itself, those in a folder, or those of a hub dataset (`owner/dataset[/folder]`), as
+    hub_files(repository, folder) lists them; by default they are downloaded. Raises ValueError or OSError.
     """
     path = Path(name)
-    if not path.exists():
-        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", name) or suffix(path) in READERS:
-            raise ValueError(f"{name}: no such file or folder (nor a hub dataset owner/name, nor toy or toy-repair)")
-        owner, dataset, *folder = name.split("/")
-        repository = f"{owner}/{dataset}"
-        patterns = ["/".join([*folder, f"*{kind}{packed}"]) for kind in READERS for packed in ("", ".gz")]
-        try:
-            root = huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
-        except Exception as error:  # the hub client raises a dozen unrelated classes
-            raise no_dataset(name, error) from error
-        path = Path(root, *folder)
-    if path.is_file():
-        files, none = [path] if suffix(path) in READERS else [], f"cannot read {path.suffix or 'a file without suffix'}"
+    if path.exists():
+        files = _inside(path)
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", name) or suffix(path) in READERS:
+        raise ValueError(f"{name}: no such file or folder (nor a hub dataset owner/name, nor toy or toy-repair)")
     else:
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() and is_data(str(file.relative_to(path)))]
-        none = "the folder holds no data file"
+        owner, dataset, *folder = name.split("/")
+        try:
+            files = (hub_files or _downloaded)(f"{owner}/{dataset}", "/".join(folder))
+        except Exception as error:  # the hub client raises a dozen unrelated classes
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise OSError(f"{name}: no such file or folder, and no such dataset from the hub ({reason})") from error
+    files = [file for file in files if suffix(file) in READERS and (file == path or file.name.lower() not in NOT_DATA)]
     if not files:
-        raise ValueError(f"{name}: {none}; use {FORMATS}")
+        raise ValueError(f"{name}: no data file; use {FORMATS}")
     return files
 
 
-def is_data(name: str) -> bool:
-    """Whether a file inside a dataset's folder is part of the data."""
-    hidden = "/." in f"/{name}"
-    return suffix(name) in READERS and not hidden and os.path.basename(name).lower() not in NOT_DATA
+def _inside(path: Path) -> list[Path]:
+    """Everything in a folder but what is hidden; of a file, itself."""
+    files = [path] if path.is_file() else map(Path, glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True))
+    return sorted(file for file in files if file.is_file())
 
 
-def no_dataset(name: str, error: Exception) -> OSError:
-    """What to raise where the hub has failed."""
-    reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return OSError(f"{name}: no such file or folder, and no such dataset from the hub ({reason})")
+def _downloaded(repository: str, folder: str) -> list[Path]:
+    patterns = [os.path.join(folder, f"*{kind}{packed}") for kind in READERS for packed in ("", ".gz")]
+    root = huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
+    return _inside(Path(root, folder))
 
 
 def split_files(files: list) -> tuple[list, list]:
@@ -264,28 +243,31 @@ FORMS = {  # the fields that make a record one of these, tried in this order: qu
 }
 
 
-def detect_form(record, text_field: str | None = None, question_only: bool = False) -> str:
-    """The form of a record, with or without an answer: a key of FORMS. Raises ValueError when it has none."""
+def detect_form(record, text_field: str | None = None) -> str:
+    """The form of a record: a key of FORMS, or "corpus". Raises ValueError: it could not be read, or has no form."""
     _check_record(record)
+    if record.keys() == {"corpus"}:
+        return "corpus"
     if text_field is not None:
         return "text"
-    for form, fields in FORMS.items():
-        if all(field in record for field in fields[: 1 if question_only else None]):
-            return form
+    for n in (2, 1):  # a record without an answer is still a prompt, and else an error that names the field
+        for form, fields in FORMS.items():
+            if all(field in record for field in fields[:n]):
+                return form
     found = ", ".join(map(repr, record))
     raise ValueError(f"found fields {found}; known forms are {', '.join(FORMS)}; or name the text with --text_field")
 
 
-def normalise(record, form: str, text_field: str | None = None) -> dict:
+def normalise(record, text_field: str | None = None) -> dict:
     """A record of any form in one of the normal forms (see the top). Raises ValueError: the record could not be read,
     or a field is missing, of the wrong type, or empty.
 
     A `draft` beside the other fields is the text to be edited. So is a `source`, if it is text; but not beside a
     {"text"}, where corpora use that name for where a document comes from.
     """
-    _check_record(record)
+    form = detect_form(record, text_field)
     if form == "corpus":
-        return record
+        return {"corpus": _text(record, "corpus", may_be_empty=True)}
     draft = None
     if record.get("draft") is not None:
         draft = _text(record, "draft", may_be_empty=True)
@@ -307,6 +289,8 @@ def _check_record(record) -> None:
         raise record
     if not isinstance(record, dict):
         raise ValueError(f"a record must be an object with fields, found {reprlib.repr(record)}")
+    if None in record:  # where csv puts them
+        raise ValueError("more values than fields in the header")
 
 
 def _messages(record: dict, form: str) -> list[dict]:
@@ -328,42 +312,17 @@ def _text(record: dict, field: str, may_be_empty: bool = False) -> str:
     value = record.get(field)
     if not isinstance(value, str) or not (may_be_empty or value.strip()):
         raise ValueError(f"field {field!r} must be text, found {_found(record, field)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"field {field!r} holds half a character (a lone \\ud800-\\udfff escape)") from None
-    return value
+    return check_utf8(value)
 
 
 def _found(record: dict, field: str) -> str:
     return reprlib.repr(record[field]) if field in record else f"no such field (only {', '.join(map(repr, record))})"
 
 
-@dataclass
-class SourceReport:
-    """What came of one source; str() of it is the line to print."""
-
-    name: str
-    form: str = ""
-    bad: int = 0
-    train: int = 0
-    test: int = 0
-
-    def __str__(self):
-        unit = "lines of text" if self.form == "corpus" else f"records of form {self.form}"
-        skipped = f", {self.bad} broken ones skipped" if self.bad else ""
-        return f"{self.name}: {self.train} {unit} to train on, {self.test} held out{skipped}"
-
-
-def is_toy(spec: str) -> bool:
-    """Whether a spec names nothing but the toy task, which brings its own tokenizer."""
-    return all(source.name in toy.SOURCES for source in parse_spec(spec))
-
-
 def load_records(
     spec: str, seed: int = 0, *, text_field: str | None = None, skip_bad_records: bool = False
-) -> tuple[list[dict], list[dict], list[SourceReport]]:
-    """Everything a dataset spec names, read and normalised: (records to train on, held-out records, reports to print).
+) -> tuple[list[dict], list[dict], list[str]]:
+    """All that a spec names: (normal records to train on, normal records held out, a line to print for each source).
 
     Held out are the files whose names say so (test, validation, ...) where there are others beside them, else a
     random part drawn with `seed`: as many records as the spec says, or 5 % (at most 500). Of a text the last lines
@@ -373,49 +332,55 @@ def load_records(
     """
     train, test, reports = [], [], []
     for source in parse_spec(spec):
-        report = SourceReport(source.name)
         if source.name in toy.SOURCES:
-            report.form = source.name
-            sizes = ("train", source.train, 20_000), ("test", source.test, toy.HELD_OUT)
-            parts = [
-                toy.records(split, default if count is None else count, seed, repair=source.name == "toy-repair")
-                for split, count, default in sizes
-            ]
+            sizes = ("train", source.train), ("test", source.test)
+            parts = [toy.records(split, n, seed, repair=source.name == "toy-repair") for split, n in sizes]
+            unit, skipped = "problems", ""
         else:
-            parts = _load_files(source, seed, report, text_field, skip_bad_records)
-        report.train, report.test = map(len, parts)
-        if report.form == "corpus":
+            *parts, unit, skipped = _load_files(source, seed, text_field, skip_bad_records)
+        reports.append(f"{source.name}: {len(parts[0])} {unit} to train on, {len(parts[1])} held out{skipped}")
+        if unit == "lines of text":
             parts = [[{"corpus": "".join(lines)}] if lines else [] for lines in parts]
         train += parts[0]
         test += parts[1]
-        reports.append(report)
     return train, test, reports
 
 
-def _load_files(source: Source, seed: int, report: SourceReport, text_field, skip: bool) -> tuple[list, list]:
-    """The two parts of a source: of records, or of the lines of a text."""
-    files = data_files(source.name)
+def _load_files(source: Source, seed: int, text_field: str | None, skip_bad: bool) -> tuple[list, list, str, str]:
+    """(records or lines of a text to train on, those held out, what to call them, what to say of broken ones)"""
+    files, bad, parts = data_files(source.name), 0, ([], [])
     is_text = {suffix(file) == ".txt" for file in files}
     if len(is_text) == 2:
         raise ValueError(f"{source.name}: holds .txt files beside files of records; name them as two sources, a + b")
-    report.form = "corpus" if True in is_text else ""
-    parts = [], []
     for part, its_files in zip(parts, split_files(files)):
-        for place, record in chain.from_iterable(map(read_file, its_files)):
-            try:
-                form = report.form or detect_form(record, text_field)
-                part.append(normalise(record, form, text_field))
-                report.form = form
-            except ValueError as error:
-                report.bad += bad_record(place, error, skip)
-    if not parts[0]:
-        raise ValueError(f"{source.name}: no usable record ({report.bad} broken ones skipped)")
-    if report.form == "corpus":
-        train, test = (list(io.StringIO("\n".join(record["corpus"] for record in part))) for part in parts)
-        return _split(train, test, source, most=5000)
+        for file in its_files:
+            if part and True in is_text:
+                part.append({"corpus": "\n"})
+            for _, record in usable(read_file(file), text_field, skip_bad):
+                part += record
+                bad += not record
     train, test = parts
+    skipped = f", {bad} broken ones skipped" if bad else ""
+    if not train:
+        raise ValueError(f"{source.name}: no usable record{skipped}")
+    if True in is_text:
+        train, test = (list(io.StringIO("".join(texts(part)))) for part in parts)
+        return *_split(train, test, source, limit=5000), "lines of text", skipped
+    unit = "dialogues" if "messages" in train[0] else "documents"
     order = np.random.default_rng(seed).permutation(len(train))
-    return _split([train[i] for i in order], test, source, most=500)
+    return *_split([train[i] for i in order], test, source, limit=500), unit, skipped
+
+
+def usable(records: Iterable[tuple], text_field: str | None, skip_bad: bool) -> Iterator[tuple[str, list[dict]]]:
+    """(place, [record in normal form]) from (place, record); [] for a broken one that is skipped, or else raised as a
+    ValueError with its place."""
+    for place, record in records:
+        normal = []
+        try:
+            normal = [normalise(record, text_field)]
+        except ValueError as error:
+            bad_record(place, error, skip_bad)
+        yield place, normal
 
 
 def bad_record(place: str, error: ValueError, skip: bool) -> int:
@@ -425,11 +390,11 @@ def bad_record(place: str, error: ValueError, skip: bool) -> int:
     return 1
 
 
-def _split(train: list, test: list, source: Source, most: int) -> tuple[list, list]:
+def _split(train: list, test: list, source: Source, limit: int) -> tuple[list, list]:
     """Cuts the held-out part off the end where no file brings it, then applies the counts of the spec."""
     if not test:
         n, at_least = len(train), 1 if source.train is None else source.train
-        default = max(0, min(max(n // 20, 1), most, n - at_least))
+        default = max(0, min(max(n // 20, 1), limit, n - at_least))
         cut = max(0, n - (default if source.test is None else source.test))
         train, test = train[:cut], train[cut:]
     for part, count, kind in ((train, source.train, "train"), (test, source.test, "test")):
@@ -440,17 +405,17 @@ def _split(train: list, test: list, source: Source, most: int) -> tuple[list, li
 
 def read_prompts(path: str) -> list[list[dict]]:
     """The dialogues to continue in a file: a line of plain text each, or records of any form (answers are ignored).
-
-    Raises OSError or ValueError ("file:line: ...").
-    """
+    Raises OSError or ValueError ("file:line: ...")."""
     path, dialogues = Path(path), []
     if not path.is_file():
         raise OSError(f"--prompt_file {path}: no such file")
-    if suffix(path) not in READERS or suffix(path) == ".txt":
-        return [[{"role": "user", "content": line.strip()}] for line in _whole_lines(path) if line.strip()]
     for place, record in read_file(path):
         try:
-            form = detect_form(record, question_only=True)
+            form = detect_form(record)
+            if form == "corpus":
+                lines = map(str.strip, _text(record, form, may_be_empty=True).split("\n"))
+                dialogues += [[{"role": "user", "content": line}] for line in lines if line]
+                continue
             messages = _messages(record, form)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
@@ -489,7 +454,7 @@ class Dataset:
     """
 
     examples: list[Example]
-    too_long: int  # how many samples were left out
+    too_long: list[int]  # the lengths of the samples left out
     corpus: np.ndarray  # int32 [n]
     prompt: list[int]  # of every piece of the corpus
     piece: int  # tokens of a piece, without the prompt
@@ -512,18 +477,14 @@ def encode_prompt(messages: list[dict], tokenizer: Tokenizer, chat_template: boo
     Without a template (or `chat_template` False) it is bos and the raw contents, joined by newlines; without messages
     bos alone. Raises ValueError when the tokenizer has no bos token.
     """
-    return _encode_prompts([messages], tokenizer, chat_template)[0]
+    bos, text = _write_prompt(messages, tokenizer, chat_template)
+    return bos + tokenizer.encode(text)
 
 
-def _encode_prompts(dialogues: list[list[dict]], tokenizer: Tokenizer, chat_template: bool, progress=False):
-    in_template = [bool(messages and chat_template and tokenizer.chat_template) for messages in dialogues]
-    written = [
-        tokenizer.chat(messages) if chat else "\n".join(message["content"] for message in messages)
-        for messages, chat in zip(dialogues, in_template)
-    ]
-    bos = [] if all(in_template) else [_required(tokenizer, "bos")]
-    ids = _encode_texts(written, tokenizer, progress)
-    return [prompt if chat else bos + prompt for prompt, chat in zip(ids, in_template)]
+def _write_prompt(messages: list[dict], tokenizer: Tokenizer, chat_template: bool) -> tuple[list[int], str]:
+    if messages and chat_template and tokenizer.chat_template:
+        return [], tokenizer.chat(messages)
+    return [_required(tokenizer, "bos")], "\n".join(message["content"] for message in messages)
 
 
 def _required(tokenizer: Tokenizer, role: str) -> int:
@@ -531,15 +492,6 @@ def _required(tokenizer: Tokenizer, role: str) -> int:
     if token is None:
         raise ValueError(f"the tokenizer has no {role} token: add one with convert.py")
     return token
-
-
-def _encode_texts(texts: list[str], tokenizer: Tokenizer, progress: bool) -> list[list[int]]:
-    """In large groups, for the tokenizer works on all cores; with a bar when it takes long."""
-    size, ids = 1000, []
-    hidden = not progress or sum(map(len, texts)) < 10**7
-    for start in tqdm(range(0, len(texts), size), desc="tokenizing", unit_scale=size, unit="text", disable=hidden):
-        ids += tokenizer.encode_batch(texts[start : start + size])
-    return ids
 
 
 def encode(
@@ -550,7 +502,6 @@ def encode(
     insert_eos: bool = True,
     chat_template: bool = True,
     recut: bool = True,
-    all_may_be_too_long: bool = False,
     progress: bool = False,
 ) -> Dataset:
     """Normal records to a Dataset.
@@ -560,37 +511,41 @@ def encode(
     corpus    bos and exactly max_length - 1 tokens, cut anew every epoch; with `recut` False, as for validation, it is
               a text like any other
 
-    insert_eos ends every response, and the last piece of every text, with eos. Raises ValueError when every sample is
-    too long (unless all_may_be_too_long), when a corpus is shorter than one piece, and when the tokenizer has no bos or
-    eos token.
+    insert_eos ends every response, and the last piece of every text, with eos. Raises ValueError when a corpus is
+    shorter than one piece, and when the tokenizer has no bos or eos token.
     """
+
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        """In large groups, for the tokenizer works on all cores; with a bar when it takes long."""
+        size, ids = 1000, []
+        hidden = not progress or sum(map(len, texts)) < 10**7
+        for start in tqdm(range(0, len(texts), size), desc="tokenizing", unit_scale=size, unit="text", disable=hidden):
+            ids += tokenizer.encode_batch(texts[start : start + size])
+        return ids
+
     dialogues = [record for record in records if "messages" in record]
     documents = [record["text"] for record in records if "text" in record]
     corpora = [record["corpus"] for record in records if "corpus" in record]
-    piece = max_length - 1
     eos = [_required(tokenizer, "eos")] if insert_eos else []
     bos = [_required(tokenizer, "bos")] if documents or corpora else []
 
-    prompts = _encode_prompts([r["messages"] for r in dialogues], tokenizer, chat_template, progress)
-    responses = _encode_texts([r["response"] for r in dialogues], tokenizer, progress)
-    drafts = _encode_texts([r["draft"] or "" for r in dialogues], tokenizer, progress)
-    samples = [
-        Example(prompt, response + eos, None if r["draft"] is None else draft + eos)
-        for r, prompt, response, draft in zip(dialogues, prompts, responses, drafts)
-    ]
-    examples = [e for e in samples if len(e.prompt) + max(len(e.response), len(e.draft or [])) <= max_length]
-    too_long = len(samples) - len(examples)
-    if samples and not examples and not all_may_be_too_long:
-        raise ValueError(
-            f"all {too_long} samples are longer than --max_length {max_length}; the shortest has "
-            f"{min(map(len, samples))} tokens: raise --max_length"
-        )
+    written = [_write_prompt(record["messages"], tokenizer, chat_template) for record in dialogues]
+    prompts = [begin + prompt for (begin, _), prompt in zip(written, tokenize([text for _, text in written]))]
+    responses = [response + eos for response in tokenize([r["response"] for r in dialogues])]
+    drafts = [draft + eos for draft in tokenize([r["draft"] or "" for r in dialogues])]
+    examples, too_long = [], []
+    for record, prompt, response, draft in zip(dialogues, prompts, responses, drafts):
+        example = Example(prompt, response, None if record["draft"] is None else draft)
+        length = len(prompt) + max(len(response), len(example.draft or []))
+        if length <= max_length:
+            examples.append(example)
+        else:
+            too_long.append(length)
 
-    rows = [ids + eos for ids in _encode_texts(documents, tokenizer, progress)]
-    corpus = []
+    rows, corpus, piece = [ids + eos for ids in tokenize(documents)], [], max_length - 1
     for text in corpora:
         # cut behind newlines into texts of at most 64k characters, so that all cores have work
-        parts = _encode_texts(re.findall(r"(?s).{0,65535}\n|.{1,65536}", text), tokenizer, progress)
+        parts = tokenize(re.findall(r"(?s).{0,65535}\n|.{1,65536}", text))
         row = [*chain.from_iterable(parts), *eos]
         if recut:
             corpus += row

@@ -426,9 +426,7 @@ def finish_texts(model, x, prompt_len, hidden, stale, steps, count, eos_id) -> l
     return texts
 
 
-# ---------------------------------------------------------------------------------------------------- as a method
-#
-# What train.py, sample.py, evaluate.py and convert.py ask for (plumbing/methods.py lists it).
+# ------------------------------------------------------------- what the scripts ask for (plumbing/methods.py)
 
 TITLE = "Edit Flows"
 HEADS = ("sub_logits", "ins_logits")
@@ -458,11 +456,12 @@ def sampling_flags(f) -> None:
 
 
 def remember(args, stored: dict) -> dict:
-    return {
-        "schedule": args.schedule or stored.get("schedule", "cubic"),
-        "x0_sampler": args.x0_sampler or stored.get("x0_sampler", "empty"),
-        "time_conditioned": bool(args.time_conditioned or stored.get("time_conditioned")),
-    }
+    """Raises ValueError for a schedule or a source that is not known."""
+    schedule = args.schedule or stored.get("schedule", "cubic")
+    x0_sampler = args.x0_sampler or stored.get("x0_sampler", "empty")
+    parse_schedule(schedule), parse_source(x0_sampler)
+    conditioned = bool(args.time_conditioned or stored.get("time_conditioned"))
+    return {"schedule": schedule, "x0_sampler": x0_sampler, "time_conditioned": conditioned}
 
 
 def check_example(example, settings) -> None:
@@ -510,7 +509,7 @@ def passes(settings) -> int:
     return settings.steps or max(1, round(1 / (settings.tau or 0.01)))
 
 
-def room(settings) -> int:
+def start_length(settings) -> int:
     return max(1, start_source(settings).length)
 
 

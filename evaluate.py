@@ -3,17 +3,15 @@
     python evaluate.py --path CKPT --task gsm8k math500 humaneval mbpp --mask_diffusion_step 48 --edit_diffusion_step 16
     torchrun --nproc_per_node 8 evaluate.py --path CKPT --task gsm8k --data_dir data
 
-Everything a number depends on stands in one table, TASKS: the data, the words of the prompt, the rule that finds the
-answer in a response, and how it is judged. Zero-shot throughout. The words are those of the published ME-DLM
-evaluation, so that its checkpoints are asked what they were measured with; a model trained on bare questions wants
-`--system_prompt ""`.
-
-Where an answer has a draft (ME-DLM's, or the one that a record brings), draft and response are both judged.
+Everything a number depends on stands in one table, TASKS: the data, the words of the prompt, and the rule that finds
+the answer in a response and judges it. Zero-shot throughout. The words are those of the published ME-DLM evaluation,
+so that its checkpoints are asked what they were measured with; a model trained on bare questions wants
+`--system_prompt ""`. Where an answer has a draft (ME-DLM's, or the one that a record brings), both are judged.
 
     samples      questions of a task, in the order of its file; rank r of W takes every W-th, from the r-th on
     prepare      a model's settings for a task, and the function from samples to answers
     rows         one JSON object per finished sample, appended to OUT/<task>.rank<r>.jsonl as they come
-    summary      once all ranks are done: the rows with verdicts, OUT/<task>.jsonl; OUT/summary.json; a table
+    summary      once all ranks are done: the rows with verdicts, OUT/<task>.jsonl, and OUT/summary.json
 
 A run that is killed goes on where it stopped when it is started again, with as many ranks as you like: a row carries a
 hash of all that its answer depends on (checkpoint, settings, prompt), and samples whose row is there are skipped.
@@ -26,20 +24,17 @@ evalplus is installed, and a whole task has been answered, its much larger test 
 import argparse
 import datetime
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
-from functools import cache, partial
 from math import sqrt
 from pathlib import Path
 from statistics import fmean
@@ -51,11 +46,12 @@ from tqdm import tqdm
 import data
 import toy
 from plumbing import checkpoints, cli, execution, methods
-from sample import draft_ids
+from sample import check_writable, draft_ids
 
 # --------------------------------------------------------------------------- finding the answer, and judging it
 #
 # A check takes the record of a sample and the text of a response, and says whether it is right.
+# Its docstring is the rule, which the summary quotes.
 
 NUMBER = re.compile(r"(?:(?<![\w)}])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
 FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -90,12 +86,13 @@ def code(text: str) -> str:
 
 
 def gsm8k_check(record: dict, response: str) -> dict[str, bool]:
+    r"""The number after ####, else in the last \boxed{}, else the last one, equals the reference's."""
     answer = final_number(response)
     return {"right": answer is not None and answer == final_number(record["answer"])}
 
 
 def math_check(record: dict, response: str) -> dict[str, bool]:
-    """Equal as text, or equal mathematics according to math-verify."""
+    r"""The last \boxed{} equals the reference, as text or by math-verify."""
     from math_verify import parse, verify
 
     answer = boxed(response) or ""
@@ -109,6 +106,7 @@ def humaneval_program(record: dict, response: str) -> str:
 
 
 def humaneval_check(record: dict, response: str) -> dict[str, bool]:
+    """HumanEval's own tests pass, run by execution.py."""
     tests = f"{record['test']}\ncheck({record['entry_point']})\n"
     return {"right": execution.run(humaneval_program(record, response), tests) == "passed"}
 
@@ -120,6 +118,7 @@ def mbpp_asserts(record: dict) -> list[str]:
 
 
 def mbpp_check(record: dict, response: str) -> dict[str, bool]:
+    """The record's asserts pass, run by execution.py (one, if only the prompt has some; evalplus has more)."""
     tests = [*(record.get("test_imports") or []), *mbpp_asserts(record)]
     return {"right": execution.run(code(response), "\n".join(tests)) == "passed"}
 
@@ -130,27 +129,20 @@ def mbpp_question(record: dict) -> str:
     return "\n".join(description) + f"\nYour code should satisfy the following assertion:\n```python\n{example}\n```"
 
 
-def toy_question(record: dict) -> str:
-    return record["messages"][0]["content"]
-
-
 def toy_check(record: dict, response: str) -> dict[str, bool]:
-    return dict(zip(("right", "valid"), toy.check(toy_question(record), response)))
-
-
-# ------------------------------------------------------------------------------------------------------ the table
+    """right: the number after ####; valid: the response is one of the 18 that answer the prompt."""
+    right, valid = toy.check(record["messages"][0]["content"], response)
+    return {"right": right, "valid": valid}
 
 
 @dataclass(frozen=True)
 class Task:
     question: Callable[[dict], str]  # record -> what the user asks
     check: Callable[[dict, str], dict[str, bool]]  # (record, text of a response) -> verdicts
-    judge: str  # the check in words, for the summary
     fields: tuple[str, ...] = ()  # text fields that a record must have
     system: str = ""
     hub: str = ""  # dataset on the hub, with a folder where it has several
     file: str = ""  # its name under --data_dir
-    id_field: str = ""  # without it, samples are known by their number
     package: str = ""  # that the check needs
     program: Callable[[dict, str], str] | None = None  # (record, response) -> what a code task runs
     init_num: int = 512  # for methods that start from so many tokens
@@ -161,56 +153,29 @@ CODE = "You are an intelligent programming assistant to produce Python algorithm
 
 TASKS = {
     "gsm8k": Task(
-        hub="openai/gsm8k/main",
-        file="gsm8k_test.jsonl",
-        fields=("question", "answer"),
-        system=MATH,
-        question=lambda record: record["question"],
-        check=gsm8k_check,
-        judge="the number after ####, else in the last \\boxed{}, else the last one, equals the reference's",
+        hub="openai/gsm8k/main", file="gsm8k_test.jsonl",
+        fields=("question", "answer"), question=lambda record: record["question"],
+        system=MATH, check=gsm8k_check,
     ),
     "math500": Task(
-        hub="HuggingFaceH4/MATH-500",
-        file="math500.jsonl",
-        fields=("problem", "answer"),
-        id_field="unique_id",
-        system=MATH,
-        question=lambda record: record["problem"],
-        check=math_check,
-        judge="the last \\boxed{} equals the reference, as text or by math-verify",
-        package="math_verify",
+        hub="HuggingFaceH4/MATH-500", file="math500.jsonl",
+        fields=("problem", "answer"), question=lambda record: record["problem"],
+        system=MATH, check=math_check, package="math_verify",
     ),
     "humaneval": Task(
-        hub="openai/openai_humaneval",
-        file="humaneval.jsonl",
+        hub="openai/openai_humaneval", file="humaneval.jsonl",
         fields=("prompt", "test", "entry_point"),
-        id_field="task_id",
-        system=CODE,
         question=lambda record: f"```python\n{record['prompt'].strip()}\n```",
-        check=humaneval_check,
-        judge="HumanEval's own tests pass, run by execution.py",
-        program=humaneval_program,
+        system=CODE, check=humaneval_check, program=humaneval_program,
     ),
     "mbpp": Task(
-        hub="evalplus/mbppplus",
-        file="mbpp.jsonl",
-        fields=("prompt",),
-        id_field="task_id",
-        system=CODE,
-        question=mbpp_question,
-        check=mbpp_check,
-        judge="the record's asserts pass, run by execution.py (one, if only the prompt has some; evalplus has more)",
-        program=lambda record, response: code(response),
+        hub="evalplus/mbppplus", file="mbpp.jsonl",
+        fields=("prompt",), question=mbpp_question,
+        system=CODE, check=mbpp_check, program=lambda record, response: code(response),
     ),
-    "toy": Task(
-        question=toy_question,
-        check=toy_check,
-        judge="right: the number after ####; valid: the response is one of the 18 that answer the prompt",
-        init_num=24,
-    ),
-}
-
-TASKS["toy-repair"] = replace(TASKS["toy"], judge=TASKS["toy"].judge + "; the draft is a corrupted response")
+    "toy": Task(question=lambda record: record["messages"][0]["content"], check=toy_check, init_num=24),
+}  # fmt: skip
+TASKS["toy-repair"] = TASKS["toy"]  # from a corrupted response
 
 
 @dataclass
@@ -223,10 +188,8 @@ class Sample:
 
 
 def load_samples(name: str, source: str, limit: int | None, seed: int, system: str | None) -> list[Sample]:
-    """The first `limit` samples of a task, from a file, folder or hub dataset. system: instead of the task's.
-
-    Raises ValueError / OSError naming the file and line.
-    """
+    """The first `limit` samples of a task, from a file, folder or hub dataset. system: instead of the task's. Raises
+    ValueError / OSError naming the file and line."""
     task = TASKS[name]
     if task.package and not importlib.util.find_spec(task.package):
         raise ValueError(f"--task {name} needs {task.package} to judge answers: pip install {task.package}")
@@ -234,15 +197,15 @@ def load_samples(name: str, source: str, limit: int | None, seed: int, system: s
         records = toy.records("test", limit or toy.HELD_OUT, seed, repair=name == "toy-repair")
     else:
         files = data.data_files(source)
-        held_out = [file for file in files if "test" in file.name] or files
-        records = [checked(task, *line) for file in held_out for line in data.read_file(file)][:limit]
+        files = [file for file in files if "test" in file.name] or files
+        records = [checked(task, *line) for file in files for line in data.read_file(file)][:limit]
         if not records:
-            raise ValueError(f"{held_out[0]}: no record in it")
+            raise ValueError(f"{files[0]}: no record in it")
     system = task.system if system is None else system
     dialogue = [{"role": "system", "content": system}] if system else []
     samples = []
     for i, record in enumerate(records):
-        id = record.get(task.id_field, i)
+        id = record.get("task_id", record.get("unique_id", i))
         id = id if isinstance(id, str) else f"{name.capitalize()}/{id}"  # as evalplus calls them: "Mbpp/2"
         messages = [*dialogue, {"role": "user", "content": task.question(record)}]
         samples.append(Sample(id, record, messages, seed * 1_000_003 + i))
@@ -261,11 +224,11 @@ def checked(task: Task, place: str, record) -> dict:
 
 def set_keys(samples: list[Sample], settings: dict, checkpoint: Path) -> None:
     """The checkpoint counts by name, size and time of its files: once it was trained on, it is another one."""
-    kinds, names = (".safetensors", ".jinja", ".model"), ("config.json", "tokenizer.json", "tokenizer_config.json")
-    files = [file for file in sorted(checkpoint.iterdir()) if file.suffix in kinds or file.name in names]
-    files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    counts = re.compile(r".*\.(safetensors|jinja|model)|(\w+_)?config\.json|tokenizer\.json")
+    files = [file for file in sorted(checkpoint.iterdir()) if counts.fullmatch(file.name)]
+    state = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     for i, sample in enumerate(samples):
-        everything = [i, sample.id, sample.messages, sample.seed, settings | {"checkpoint": files}]
+        everything = [i, sample.id, sample.messages, sample.seed, settings, state]
         sample.key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -274,7 +237,7 @@ def set_keys(samples: list[Sample], settings: dict, checkpoint: Path) -> None:
 
 def prepare(model, tokenizer, args, name: str, samples: list[Sample]) -> tuple[dict, Callable]:
     """(settings, generate) of a task. settings: what an answer depends on beside checkpoint, prompt and seed.
-    generate: from samples to answers, {"response", "tokens", "draft" (None where there is none)} and counts of passes.
+    generate: from samples to answers, {"response", "tokens", "draft" (None where there is none), "passes"}.
 
     Raises ValueError for the first question that leaves no room for an answer: now, and not when its turn comes.
     """
@@ -293,15 +256,12 @@ def prepare(model, tokenizer, args, name: str, samples: list[Sample]) -> tuple[d
         for text in method.generate(model, prompts, settings, [s.seed for s in samples], drafts):
             answer = {"response": tokenizer.decode(text.response), "tokens": len(text.response)}
             answer["draft"] = None if text.draft is None else tokenizer.decode(text.draft)
-            answers.append(answer | text.passes)
+            answers.append(answer | {"passes": text.passes})
         return answers
 
     prompts, drafts = encode(samples)
-    methods.check_room(method, prompts, settings, drafts, names=[f"question {s.id}" for s in samples])
+    methods.check_lengths(method, prompts, settings, drafts, names=[f"question {s.id}" for s in samples])
     return vars(settings) | {"bf16": args.bf16}, generate
-
-
-ROW = ("key", "task", "id", "prompt", "response", "tokens", "draft", "seconds")  # and the counts of passes
 
 
 def read_rows(name: str, out: Path) -> dict[str, dict]:
@@ -312,87 +272,63 @@ def read_rows(name: str, out: Path) -> dict[str, dict]:
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
             try:
                 row = json.loads(line)
-                rows[row["key"]] = {field: row[field] for field in ROW} | row
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                problem = f"not a row of evaluate.py ({type(error).__name__}: {error})"
-                raise ValueError(f"{path}:{number}: {problem}; move the file away to start anew") from None
+                rows[row["key"]] = row
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise ValueError(f"{path}:{number}: not a row; move the file away") from None
     return rows
 
 
-def answer_samples(name, samples, generate, out: Path, rank: int = 0, world: int = 1, batch_size: int = 8) -> None:
+def answer_samples(name, samples, generate, out: Path, rank=0, world=1, batch_size=8) -> None:
     """This rank's share of a task: appends a row for every sample that has none yet."""
-    mine, rows = samples[rank::world], read_rows(name, out)
-    pending = [sample for sample in mine if sample.key not in rows]
-    done = len(mine) - len(pending)
-    bar = tqdm(total=len(mine), initial=done, desc=name, unit="sample", disable=rank > 0)
+    rows = read_rows(name, out)
+    pending = [sample for sample in samples[rank::world] if sample.key not in rows]
+    bar = tqdm(total=len(pending), desc=name, unit="sample", disable=rank > 0)
     with bar, open(out / f"{name}.rank{rank}.jsonl", "a+b") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)  # what a kill cut off; appending goes on behind it
         for start in range(0, len(pending), batch_size):
-            batch, started = pending[start : start + batch_size], time.perf_counter()
+            batch = pending[start : start + batch_size]
+            started = time.perf_counter()
             answers = generate(batch)
             seconds = (time.perf_counter() - started) / len(batch)
             for sample, answer in zip(batch, answers, strict=True):
-                row = {"key": sample.key, "task": name, "id": sample.id, "prompt": sample.messages[-1]["content"]}
-                row |= answer | {"seconds": seconds}
-                file.write(json.dumps(row).encode() + b"\n")
+                row = {"key": sample.key, "id": sample.id, "prompt": sample.messages[-1]["content"]}
+                line = json.dumps(row | answer | {"seconds": seconds}) + "\n"
+                file.write(line.encode())
                 file.flush()
                 bar.update()
 
 
-def merge(name: str, samples: list[Sample], out: Path, may_run: bool = False) -> list[dict]:
-    """The rows of these samples from all ranks, in order and judged (programs only if they may run), as written to
-    OUT/<task>.jsonl. Programs also go to OUT/evalplus_<task>.jsonl and OUT/evalplus_<task>_draft.jsonl."""
+TEXTS = ("draft", "response")  # what is judged of a row
+
+
+def judge(name: str, samples: list[Sample], out: Path, may_run: bool = False) -> list[dict]:
+    """The rows of these samples from all ranks, in order, with verdicts (programs get some only if they may run), as
+    written to OUT/<task>.jsonl. Programs also go to OUT/evalplus_<task>_response.jsonl and ..._draft.jsonl."""
     task, found = TASKS[name], read_rows(name, out)
-
-    def judge(sample: Sample) -> dict:
-        row = found[sample.key]
-        check = cache(partial(task.check, sample.record))  # the same text is judged once
-        for part, text in (("draft_", row["draft"]), ("", row["response"])):
-            if text is not None and (may_run or not task.program):
-                row |= {part + verdict: is_so for verdict, is_so in check(text).items()}
-        return row
-
-    with ThreadPoolExecutor(max(1, os.cpu_count() // 2)) as pool:
-        judged = (pool.map if task.program else map)(judge, samples)  # math-verify works in the main thread alone
-        rows = list(tqdm(judged, total=len(samples), desc=f"{name}, judging", unit="sample"))
-    checkpoints.write_whole(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    for who, part in (("response", ""), ("draft", "_draft")) if task.program else ():
-        texts = [(sample, row[who]) for sample, row in zip(samples, rows) if row[who] is not None]
-        lines = [{"task_id": sample.id, "solution": task.program(sample.record, text)} for sample, text in texts]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        checkpoints.write_whole(out / f"evalplus_{name}{part}.jsonl", text)
+    rows = [found[sample.key] | {"verdicts": {}} for sample in samples]
+    for kind in TEXTS:
+        answered = [(sample, row) for sample, row in zip(samples, rows) if row[kind] is not None]
+        records = [sample.record for sample, _ in answered]
+        texts = [row[kind] for _, row in answered]
+        if task.program:
+            ids = [sample.id for sample, _ in answered]
+            programs = map(task.program, records, texts)
+            lines = [{"task_id": id, "solution": program} for id, program in zip(ids, programs)]
+            write_rows(out / f"evalplus_{name}_{kind}.jsonl", lines)
+            if not may_run:
+                continue
+        with ThreadPoolExecutor(max(1, os.cpu_count() // 2)) as pool:
+            work = pool.map if task.program else map  # math-verify works in the main thread alone
+            judged = tqdm(work(task.check, records, texts), f"{name}, judging", len(texts))
+            for (_, row), verdicts in zip(answered, judged):
+                row["verdicts"] |= {f"{kind} {verdict}": holds for verdict, holds in verdicts.items()}
+    write_rows(out / f"{name}.jsonl", rows)
     return rows
 
 
-def summarise(rows: list[dict]) -> dict:
-    """Share of every verdict with its standard error sqrt(p (1 - p) / n); mean counts of passes; tokens of responses
-    per second of generation, in one process."""
-    summary = {"n": len(rows)}
-    for verdict in dict.fromkeys(field for row in rows for field in row if isinstance(row[field], bool)):
-        p = fmean(row[verdict] for row in rows if verdict in row)
-        summary |= {verdict: p, verdict + "_standard_error": sqrt(p * (1 - p) / len(rows))}
-    counts = [field for field, value in rows[0].items() if type(value) is int and field != "tokens"]
-    summary["passes"] = {field: fmean(row[field] for row in rows) for field in counts}
-    tokens, seconds = (sum(row[field] for row in rows) for field in ("tokens", "seconds"))
-    return summary | {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
-
-
-def table(summaries: dict[str, dict]) -> str:
-    """One line per task and verdict: percent with standard error, passes in the method's own words, speed."""
-    lines = []
-    for name, summary in summaries.items():
-        passes = {count.replace("_", " "): f"{mean:.1f}" for count, mean in summary["passes"].items()}
-        for verdict in [key for key in summary if key + "_standard_error" in summary] or ["not judged"]:
-            cells = {"task": name, "verdict": verdict.replace("_", " "), "n": str(summary["n"]), "percent": "-"}
-            if verdict in summary:
-                percents = 100 * summary[verdict], 100 * summary[verdict + "_standard_error"]
-                cells["percent"] = "{:.1f} ± {:.1f}".format(*percents)
-            lines.append(cells | passes | {"tokens/s": f"{summary['tokens_per_second']:.1f}"})
-    rows = [lines[0].keys(), *(line.values() for line in lines)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    pads = [str.ljust] * 2 + [str.rjust] * (len(widths) - 2)
-    return "\n".join("  ".join(pad(*cell) for pad, *cell in zip(pads, row, widths)) for row in rows)
+def write_rows(file: Path, rows: list[dict]) -> None:
+    checkpoints.write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def evalplus(name: str, samples: Path) -> dict | str:
@@ -402,34 +338,45 @@ def evalplus(name: str, samples: Path) -> dict | str:
     command = [sys.executable, "-m", "evalplus.evaluate", "--dataset", name, "--samples", str(samples)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     scores = re.findall(r"pass@1:\s*([0-9.]+)", done.stdout)
-    if done.returncode == 0 and len(scores) == 2:
+    if len(scores) == 2:
         return {"base": float(scores[0]), "plus": float(scores[1])}
     return "failed: " + (done.stderr.strip().splitlines() or ["without a message"])[-1]
 
 
-def report(args, samples: dict[str, list[Sample]], settings: dict[str, dict], out: Path) -> None:
-    """Merged rows, the first answers where they are asked for, summary.json and the table."""
-    summaries, notes = {}, []
-    for name in samples:
-        task = TASKS[name]
-        rows = merge(name, samples[name], out, args.allow_code_execution)
-        for row in rows[: args.show_answers]:
-            verdicts = ", ".join(f"{field}: {row[field]}" for field in row if isinstance(row[field], bool))
-            print(f"{row['prompt']}  ->  {row['response']}    [{verdicts or 'not judged'}]")
-        version = f" ({task.package} {importlib.metadata.version(task.package)})" if task.package else ""
-        about = {"data": args.data[name] or "built in", "judge": task.judge + version, "settings": settings[name]}
-        summaries[name] = summarise(rows) | about
-        if task.program and not args.allow_code_execution:
-            notes.append(f"{name}: programs were written to {out} and not run; --allow_code_execution runs them")
-        elif task.program and args.limit is None and importlib.util.find_spec("evalplus"):
-            for who, part in (("response", ""), ("draft", "_draft")):
-                if rows[0][who] is not None:
-                    scores = evalplus(name, out / f"evalplus_{name}{part}.jsonl")
-                    summaries[name]["evalplus" + part] = scores
-                    notes.append(f"{name}, {who}: evalplus pass@1 {scores}")
-    asked = {flag: getattr(args, flag) for flag in ("path", "seed", "limit", "system_prompt")}
-    checkpoints.write_json(out / "summary.json", asked | {"tasks": summaries})
-    print("\n".join(["", table(summaries), *notes]))
+def summarise(rows: list[dict]) -> dict:
+    """Every verdict in percent with its standard error 100 sqrt(p (1 - p) / n); mean counts of passes; tokens of
+    responses per second of generation, in one process."""
+    verdicts = {}
+    for verdict in dict.fromkeys(verdict for row in rows for verdict in row["verdicts"]):
+        given = [row["verdicts"][verdict] for row in rows if verdict in row["verdicts"]]
+        p = fmean(given)
+        error = sqrt(p * (1 - p) / len(given))
+        verdicts[verdict] = {"percent": 100 * p, "standard_error": 100 * error}
+    passes = {count: fmean(row["passes"][count] for row in rows) for count in rows[0]["passes"]}
+    speed = sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows)
+    return {"n": len(rows), "verdicts": verdicts, "passes": passes, "tokens_per_second": speed}
+
+
+def report(name: str, samples: list[Sample], args) -> dict:
+    """Prints the verdicts on a task, and the first answers where they are asked for; returns the summary."""
+    task, out = TASKS[name], Path(args.output_dir)
+    rows = judge(name, samples, out, args.allow_code_execution)
+    for row in rows[: args.show_answers]:
+        print(f"{row['prompt']}  ->  {row['response']}    {row['verdicts'] or 'not judged'}")
+    summary = summarise(rows) | {"judge": task.check.__doc__}
+    passes = [f"{mean:.1f} {count.replace('_', ' ')}" for count, mean in summary["passes"].items()]
+    speed = f"{summary['tokens_per_second']:.1f} tokens/s"
+    print(f"{name}, {len(rows)} samples:", *passes, speed, sep="   ")
+    for verdict, found in summary["verdicts"].items():
+        print(f"    {verdict:15}", "{percent:5.1f} ± {standard_error:.1f} %".format(**found))
+    if task.program and not args.allow_code_execution:
+        print(f"    programs were written to {out} and not run; --allow_code_execution runs them")
+    elif task.program and args.limit is None and importlib.util.find_spec("evalplus"):
+        kinds = [kind for kind in TEXTS if rows[0][kind] is not None]
+        files = {kind: out / f"evalplus_{name}_{kind}.jsonl" for kind in kinds}
+        summary["evalplus"] = {kind: evalplus(name, file) for kind, file in files.items()}
+        print(f"    pass@1 by evalplus: {summary['evalplus']}")
+    return summary
 
 
 # ------------------------------------------------------------------------------------------------------- the script
@@ -441,40 +388,36 @@ def parse_args(argv=None):
     f.choice("--task", "-t", choices=TASKS, nargs="+", default=["gsm8k", "humaneval", "mbpp", "math500"],
              metavar="TASK", help=f"of {', '.join(TASKS)}")
     f.choice("--data", nargs="+", default=[], metavar="TASK=PATH", help="file, folder or hub dataset of a task")
-    files = ", ".join(task.file for task in TASKS.values() if task.file)
-    f.choice("--data_dir", help=f"folder with {files}; default: the hub")
+    f.choice("--data_dir", help="folder with the tasks' files (default: the hub)")
     f.choice("--output_dir", default="evaluation", help="rows, verdicts, summary; a run found here is continued")
     f.integer("--limit", low=1, help="only the first samples of each task")
     f.choice("--system_prompt", type=cli.text, help='instead of that of the task; "" for none')
     f.integer("--seed", low=0, default=42, help="of everything random")
-    f.integer("--batch_size", low=1, default=8, help="samples decoded together; not a matter of the answers")
-    f.integer("--show_answers", low=0, default=0, help="print the first answers of each task with their verdicts")
+    f.integer("--batch_size", low=1, default=8, help="samples decoded together")
+    f.integer("--show_answers", low=0, default=0, help="print so many answers of each task")
     f.flag("--bf16", default=torch.cuda.is_available(), help="weights in bfloat16")
     f.flag("--allow_code_execution", help="run the generated programs, which execution.py confines")
     methods.sampling_flags(f, temperature=0.0)
     args = f.parse_args(argv)
     given = [item.partition("=")[::2] for item in args.data]
     for name, path in given:
-        if not path or name not in args.task or name in toy.SOURCES:
-            f.error(f"--data {name}={path}: expected TASK=PATH, for a task that --task names and that reads data")
-    if len(dict(given)) < len(given):
-        f.error("--data names a task twice; give a folder where there are several files")
-    inside = {n: os.path.join(args.data_dir, TASKS[n].file) for n in args.task if args.data_dir and TASKS[n].file}
-    args.data = {name: TASKS[name].hub for name in args.task} | inside | dict(given)
+        if not path or name not in args.task or name in toy.SOURCES or len(dict(given)) < len(given):
+            f.error(f"--data {name}={path}: expected TASK=PATH, once for a task that --task names and that reads data")
+    args.data = {name: TASKS[name].hub for name in args.task}
+    if args.data_dir:
+        args.data = {name: hub and f"{args.data_dir}/{TASKS[name].file}" for name, hub in args.data.items()}
+    args.data |= dict(given)
     return args
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    samples = {n: load_samples(n, path, args.limit, args.seed, args.system_prompt) for n, path in args.data.items()}
+    which = args.limit, args.seed, args.system_prompt
+    samples = {name: load_samples(name, source, *which) for name, source in args.data.items()}
     out = Path(args.output_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise OSError(f"--output_dir {out}: cannot write there ({error.strerror}); choose another folder") from error
     for name in samples:
+        check_writable(out / f"{name}.rank{rank}.jsonl")
         read_rows(name, out)  # raises for a broken file of an earlier run
     checkpoint = checkpoints.local_path(args.path)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -488,7 +431,9 @@ def main(argv=None) -> None:
         dist.barrier()
         dist.destroy_process_group()
     if rank == 0:
-        report(args, samples, {name: settings for name, (settings, _) in prepared.items()}, out)
+        tasks = {name: report(name, samples[name], args) for name in samples}
+        settings = {name: settings for name, (settings, _) in prepared.items()}
+        checkpoints.write_json(out / "summary.json", {"args": vars(args), "settings": settings, "tasks": tasks})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Only A, B and the heads get gradients, optimizer state and a place in checkpoint
 4 bits per weight (NF4 of QLoRA, arXiv 2305.14314) and spelled out again, layer by layer, whenever it is needed.
 
     add      wraps every linear layer of the blocks; what is left trainable: adapters and heads
-    merge    adds B A to W and takes the wrappers off: a plain model that computes the same
+    merged   adds B A to W: the weights of a plain model that computes the same
 """
 
 import torch
@@ -52,17 +52,9 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-@torch.no_grad()
-def merge(model: nn.Module) -> nn.Module:
-    """The plain model with the additions inside its weights, in place. Not for 4-bit weights (ValueError)."""
-    for name, adapted in adapted_layers(model).items():
-        if isinstance(adapted.base, Linear4bit):
-            raise ValueError("4-bit weights cannot take the additions in; merge into the original checkpoint instead")
-        W = adapted.base.weight
-        W += (adapted.scale * adapted.lora_B.weight @ adapted.lora_A.weight).to(W.dtype)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, adapted.base)
-    return model.requires_grad_(True)
+def merged(W: Tensor, B: Tensor, A: Tensor, scale: float) -> Tensor:
+    """The weights of a plain layer that computes the same, float32 [out, in]. scale: alpha / r."""
+    return W.float() + scale * B.float() @ A.float()
 
 
 # ---------------------------------------------------------------------------------------------------- 4 bits

@@ -504,9 +504,7 @@ def label_drafts(x: Ragged, prompt_len: Tensor, clean: list[list[int]], tokens: 
     return Batch("edit", x, text, token_target, text_weight, gaps, insert_target, gap_weight, counts)
 
 
-# ---------------------------------------------------------------------------------------------------- as a method
-#
-# What train.py, sample.py, evaluate.py and convert.py ask for (plumbing/methods.py lists it).
+# ------------------------------------------------------------- what the scripts ask for (plumbing/methods.py)
 
 TITLE = "ME-DLM"
 HEADS = ("lm_head", "next_token_head")
@@ -579,7 +577,7 @@ def passes(settings) -> int:
     return min(settings.mask_diffusion_step, settings.init_num) + settings.edit_diffusion_step
 
 
-def room(settings) -> int:
+def start_length(settings) -> int:
     return settings.init_num
 
 

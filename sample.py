@@ -78,7 +78,7 @@ class Sampler:
         return data.encode_prompt(messages, self.tokenizer, chat_template=self.args.chat_template)
 
     def generate(self, prompts, seeds, drafts=None, on_step=None):
-        methods.check_room(self.method, prompts, self.settings, drafts)
+        methods.check_lengths(self.method, prompts, self.settings, drafts)
         return self.method.generate(self.model, prompts, self.settings, seeds, drafts, on_step)
 
     def trace(self, prompt: list[int], live=None) -> Trace:
@@ -108,7 +108,8 @@ def main(argv=None):
     draft = None if args.draft is None else draft_ids(sampler.tokenizer, args.draft)
     names = [f"the prompt {c[-1]['content'][:40]!r}" if c else "a prompt" for c, _, _ in jobs]
     prompts, drafts = [ids for _, ids, _ in jobs], None if draft is None else [draft] * len(jobs)
-    methods.check_room(sampler.method, prompts, sampler.settings, drafts, names)  # now, and not when its batch comes up
+    # now, and not when its batch comes up
+    methods.check_lengths(sampler.method, prompts, sampler.settings, drafts, names)
     trace = None
     if args.show or args.make_gif or args.make_html:
         trace = sampler.trace(jobs[0][1], live=sys.stdout if args.show else None)

@@ -11,8 +11,10 @@ import re
 from itertools import product
 
 import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
 
-from plumbing.tokenizer import Tokenizer, word_tokenizer
+from plumbing.tokenizer import NEW_CONFIG, SPECIAL_TOKENS, Tokenizer
 
 SOURCES = ("toy", "toy-repair")  # their names in a dataset spec; toy-repair has drafts
 HELD_OUT = 304  # of 1008 prompts
@@ -20,22 +22,14 @@ PROMPT = "{name} has {a} apples, {verb} {b}:"
 NAMES = ("Ann", "Ben", "Cora", "Dan", "Eva", "Finn", "Gil", "Hana")
 STEPS = {
     "gets": (
-        "{a} + {b} = {c}.",
-        "{c} = {b} + {a}.",
-        "That makes {c}.",
-        "{a} and {b} more make {c}.",
-        "Adding {b} to {a} gives {c}.",
-        "Start with {a}, add {b}, get {c}.",
+        "{a} + {b} = {c}.", "{c} = {b} + {a}.", "That makes {c}.", "{a} and {b} more make {c}.",
+        "Adding {b} to {a} gives {c}.", "Start with {a}, add {b}, get {c}.",
     ),
     "loses": (
-        "{a} - {b} = {c}.",
-        "{c} + {b} = {a}.",
-        "That leaves {c}.",
-        "{a} less {b} makes {c}.",
-        "Taking {b} from {a} leaves {c}.",
-        "Start with {a}, take {b}, get {c}.",
+        "{a} - {b} = {c}.", "{c} + {b} = {a}.", "That leaves {c}.", "{a} less {b} makes {c}.",
+        "Taking {b} from {a} leaves {c}.", "Start with {a}, take {b}, get {c}.",
     ),
-}
+}  # fmt: skip
 ENDINGS = ("#### {c}", "The answer is {c}. #### {c}", "So now {name} has {c} apples. #### {c}")
 
 
@@ -52,13 +46,12 @@ def prompts(split: str) -> list[str]:
 
 def _parse(prompt: str) -> tuple[dict, list[str]]:
     """(what to put into a template of this problem, the 18 templates)"""
-    match = re.fullmatch(r"\s*(\w+) has (\d) apples, (gets|loses) (\d):\s*", prompt)
+    match = re.fullmatch(r"\s*(?P<name>\w+) has (?P<a>\d) apples, (?P<verb>gets|loses) (?P<b>\d):\s*", prompt)
     if not match:
         raise ValueError(f"not a prompt of the toy task: {prompt!r}; one is 'Ann has 3 apples, gets 4:'")
-    name, a, verb, b = match.groups()
-    c = int(a) + (int(b) if verb == "gets" else -int(b))
-    templates = [f"{step} {ending}" for step in STEPS[verb] for ending in ENDINGS]
-    return {"name": name, "a": int(a), "b": int(b), "c": c}, templates
+    problem, sign = match.groupdict(), 1 if match["verb"] == "gets" else -1
+    problem["c"] = int(match["a"]) + sign * int(match["b"])
+    return problem, [f"{step} {ending}" for step in STEPS[match["verb"]] for ending in ENDINGS]
 
 
 def valid_responses(prompt: str) -> set[str]:
@@ -74,23 +67,22 @@ def check(prompt: str, response: str) -> tuple[bool, bool]:
     return right, " ".join(response.split()) in valid_responses(prompt)
 
 
-def records(split: str, n: int, seed: int, repair: bool = False) -> list[dict]:
-    """n records: prompts of the split in random order (all different while there are enough), random right responses.
-
-    repair  adds a draft, the response with something wrong in it: in one record of four every mention of the result is
-            the same wrong number, in the others 1 to 4 words are replaced, inserted or deleted.
-    """
+def records(split: str, n: int | None, seed: int, repair: bool = False) -> list[dict]:
+    """n records (None: 20,000, or as many as are held out): prompts of the split in random order, all different while
+    there are enough, random right responses. repair adds a draft, the response with something wrong in it: in one of
+    four every mention of the result is the same wrong number, in the others 1 to 4 words are replaced, inserted or
+    deleted."""
     rng = np.random.default_rng([seed, split == "test", repair])
     asked, made = prompts(split), []
-    for i in range(n):
+    for i in range({"train": 20_000, "test": HELD_OUT}[split] if n is None else n):
         if i % len(asked) == 0:
             order = rng.permutation(len(asked))
         prompt = asked[order[i % len(asked)]]
         problem, templates = _parse(prompt)
         template = str(rng.choice(templates))
-        response = template.format(**problem)
         draft = _draft(template, problem, rng) if repair else None
-        made.append({"messages": [{"role": "user", "content": prompt}], "response": response, "draft": draft})
+        messages = [{"role": "user", "content": prompt}]
+        made.append({"messages": messages, "response": template.format(**problem), "draft": draft})
     return made
 
 
@@ -121,5 +113,15 @@ VOCABULARY = sorted({*"0123456789", *NAMES, *STEPS, *words(re.sub(r"\{\w+\}", " 
 
 
 def tokenizer() -> Tokenizer:
-    """One token per word and digit of the toy task: 50 or so."""
-    return word_tokenizer(VOCABULARY)
+    """One token per word, digit or mark of the toy task: 50 or so. In the text no space stands before . and :, between
+    digits, or before a comma behind a digit; so any row of tokens is written as a text that is read as the same tokens.
+    """
+    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS.values(), "<|unk|>", *VOCABULARY])}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
+    backend.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    marks = pre_tokenizers.Split(Regex(r"\d|(?<=\d),|[.:]"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), marks])
+    spaces = decoders.WordPiece(prefix="\0", cleanup=False)  # no word begins with its "continued" mark: always a space
+    no_space = decoders.Replace(Regex(r" (?=[.:])|(?<=\d) (?=[\d,])"), "")
+    backend.decoder = decoders.Sequence([spaces, decoders.Fuse(), no_space])
+    return Tokenizer(backend, NEW_CONFIG | {"unk_token": "<|unk|>"})

@@ -13,7 +13,6 @@ of examples: a run killed and restarted sees what an undisturbed run sees, and o
 what four processes see.
 """
 
-import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,6 @@ from types import SimpleNamespace
 import torch
 
 import data
-import lora
 import models
 import parallel
 import toy
@@ -104,10 +102,8 @@ def parse_args(argv=None):
               help="accepted likewise; batches are made in the main process")
     methods.training_flags(f)
     args = f.parse_args(argv)
-    if args.streaming and not args.max_steps:
-        f.error("--streaming does not know how long an epoch is; say --max_steps")
-    if args.streaming and args.eval_strategy == "epoch":
-        f.error("--streaming does not know how long an epoch is; leave --eval_strategy epoch out")
+    if args.streaming and (not args.max_steps or args.eval_strategy == "epoch"):
+        f.error("--streaming does not know how long an epoch is; say --max_steps, and no --eval_strategy epoch")
     if args.lora and not args.model_name_or_path:
         f.error("--lora adapts a checkpoint; name it with --model_name_or_path")
     if args.load_in_4bit and not args.lora:
@@ -130,7 +126,7 @@ def open_run(args, ranks: Ranks) -> SimpleNamespace | None:
     run is finished."""
     out, resume = checkpoints.prepare_output(args, ranks)
     method = methods.get(args.method)
-    Feed, records, sample = open_data(args, ranks)  # first of all, for a new tokenizer is trained on them
+    Feed, records, sample = feed.open_data(args, ranks)  # first of all, for a new tokenizer is trained on them
     model, tokenizer = open_model(args, resume, sample)
     settings = methods.training_settings(method, args, model, tokenizer)
     batches = Feed(args, method, settings, tokenizer, *records, ranks)
@@ -138,7 +134,7 @@ def open_run(args, ranks: Ranks) -> SimpleNamespace | None:
     eval_every, save_every = (max(1, int(n if n >= 1 else n * steps)) for n in (args.eval_steps, args.save_steps))
     if args.eval_strategy == "epoch":
         eval_every = max(1, int(batches.steps_per_epoch))
-    state = read_state(args, resume, steps, ranks) if resume else {"step": 0}
+    state = checkpoints.state_of(args, resume, steps, ranks) if resume else {"step": 0}
     if not state:
         return None
     if hasattr(method, "start"):
@@ -162,20 +158,6 @@ def open_run(args, ranks: Ranks) -> SimpleNamespace | None:
     )  # fmt: skip
 
 
-def open_data(args, ranks: Ranks):
-    """(kind of feed, the records that it takes, a function that gives some of them)."""
-    if args.streaming:
-        hold_out = 0 if args.eval_strategy == "no" else 200
-        corpus = feed.Corpus(args.dataset_args, args.seed, hold_out, args.text_field, args.skip_bad_records)
-        return feed.StreamedFeed, [corpus], corpus.sample
-    train_records, eval_records, reports = data.load_records(
-        args.dataset_args, args.seed, text_field=args.text_field, skip_bad_records=args.skip_bad_records
-    )
-    for report in reports:
-        ranks.say(str(report))
-    return feed.MemoryFeed, [train_records, eval_records], lambda: train_records
-
-
 def open_model(args, resume: Path | None, sample):
     """(model, tokenizer): continued, converted, or new. sample: gives the records that a tokenizer is trained on."""
     source = resume or args.model_name_or_path
@@ -183,7 +165,7 @@ def open_model(args, resume: Path | None, sample):
         directory = checkpoints.local_path(str(source))
         if args.overwrite_output_dir and directory.resolve().is_relative_to(Path(args.output_dir).resolve()):
             raise ValueError(f"--overwrite_output_dir would delete {directory}, from which this run is to start")
-        model, tokenizer = load_model(args, directory, resume), load_tokenizer(directory)
+        model, tokenizer = checkpoints.open_for_training(args, directory, resume), load_tokenizer(directory)
         checkpoints.check_rows(model, tokenizer, directory)
     elif all(source.name in toy.SOURCES for source in data.parse_spec(args.dataset_args)):
         tokenizer = toy.tokenizer()
@@ -201,43 +183,12 @@ def open_model(args, resume: Path | None, sample):
     return model, tokenizer
 
 
-def load_model(args, directory: Path, resume: Path | None):
-    """The checkpoint to start from or to continue, with LoRA adapters where they are asked for."""
-    adapted = (directory / "adapter_config.json").is_file()
-    if resume and adapted != args.lora:
-        kind = "with" if adapted else "without"
-        raise ValueError(f"{directory}: this run was trained {kind} --lora; go on {kind} it, or choose another folder")
-    if not args.lora:
-        return checkpoints.load(directory, method=args.method)
-    if adapted and not resume:
-        raise ValueError(f"{directory}: holds adapters already; `convert.py --to {args.method} --merge_lora` first")
-    if resume:
-        return checkpoints.load_adapters(directory, method=args.method, four_bit=args.load_in_4bit)
-    model = checkpoints.load(directory, method=args.method)
-    model.base = str(directory)
-    return lora.add(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.load_in_4bit, args.seed)
-
-
 def describe(args, model, steps: int, ranks: Ranks) -> str:
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
     if args.lora:
         size += f", {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f}M of them trained"
     mode = f", {args.parallel}" if ranks.world > 1 else ""
     return f"{args.method}, {size}, {steps} steps on {ranks.world} x {ranks.device.type}{mode}"
-
-
-def read_state(args, resume: Path, steps: int, ranks: Ranks) -> dict | None:
-    """train_state.json of the checkpoint to go on from; None when the run is finished."""
-    state = json.loads((resume / checkpoints.STATE).read_text())
-    step = state["step"]
-    if step > steps or (step == steps and resume.name == "checkpoint-final"):
-        ranks.say(f"{resume.parent} is finished, at step {step} of {steps}; for a new run choose another --output_dir")
-        return None
-    changed = {k: v for k, v in vars(args).items() if k in state["args"] and state["args"][k] != v}
-    if changed:
-        ranks.say("changed since the checkpoint was written: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
-    ranks.say(f"continuing {resume} at step {step} of {steps}")
-    return state
 
 
 # ---------------------------------------------------------------------------------------------------- steps

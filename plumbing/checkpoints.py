@@ -19,8 +19,11 @@ import json
 import math
 import os
 import shutil
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,7 +34,7 @@ import lora
 import models
 import parallel
 from plumbing import methods
-from plumbing.tokenizer import Tokenizer, load_tokenizer
+from plumbing.tokenizer import Tokenizer, load_tokenizer, read_json
 
 STATE = "train_state.json"
 
@@ -39,31 +42,26 @@ STATE = "train_state.json"
 
 
 @contextlib.contextmanager
-def whole_directory(target: Path):
-    """A folder beside `target`, to be filled; it is on the disk, under its final name, when the block ends without an
-    error, and gone otherwise. What stood at `target` before is replaced."""
+def replacing(target: Path):
+    """A path beside `target`, where a file or folder is to be made. It is on the disk, under its final name, when the
+    block ends without an error, and gone otherwise. What stood at `target` before is replaced."""
     partial = target.with_name(f".writing-{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir(parents=True)
+    remove(partial)  # of a process that was killed
     try:
         yield partial
-        for file in [*partial.iterdir(), partial]:
-            sync(file)
-        if target.exists():
+        for path in [*partial.glob("*"), partial]:
+            sync(path)
+        if target.is_dir():
             remove(target)
         os.replace(partial, target)
         sync(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    finally:
+        remove(partial)
 
 
 def write_whole(file: Path, text: str) -> None:
-    """A text file, whole or not at all."""
-    partial = file.with_name(f".writing-{file.name}")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    os.replace(partial, file)
+    with replacing(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(file: Path, value) -> None:
@@ -73,29 +71,28 @@ def write_json(file: Path, value) -> None:
 def sync(path: Path) -> None:
     """Wait until a file or folder is on the disk, so that a rename never outlives what it names."""
     handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or folder, if it is there. Half a folder never stands under its name."""
+    if path.is_dir():
+        doomed = path.with_name(f".deleting-{path.name}")
+        shutil.rmtree(doomed, ignore_errors=True)  # of a process that was killed
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+    path.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path, output_dir: Path) -> None:
+    """Makes the folder. Raises OSError naming --output_dir where nothing can be written into it."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def remove(directory: Path) -> None:
-    doomed = directory.with_name(f".deleting-{directory.name}")
-    os.replace(directory, doomed)
-    shutil.rmtree(doomed)
-
-
-def read_json(file: Path) -> dict:
-    """Raises OSError when the file is absent, ValueError when it holds no JSON object."""
-    if not file.is_file():
-        raise OSError(f"{file}: missing")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{file}: not valid JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}")
-    return value
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as e:
+        raise OSError(f"--output_dir {output_dir}: cannot be written to ({e.strerror}); choose another") from None
 
 
 # ---------------------------------------------------------------------------------------------------- tensors
@@ -109,71 +106,99 @@ def local_path(path_or_hub_id: str, patterns=CHECKPOINT_FILES, revision: str | N
     Downloads are resumed. Raises OSError saying what was tried.
     """
     directory = Path(path_or_hub_id)
-    if directory.is_dir() and not (directory / "config.json").is_file():
-        runs = [file.parent for file in directory.glob("checkpoint-*/config.json")]
-        return max(runs, key=progress_of, default=directory)
     if directory.is_dir():
-        return directory
+        runs = [] if (directory / "config.json").is_file() else checkpoints(directory)
+        return runs[-1] if runs else directory
     if directory.is_absolute() or str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith("."):
-        raise OSError(f"{path_or_hub_id}: no such directory, and not of the form owner/name of a hub repository")
+        raise OSError(f"{path_or_hub_id}: no such directory, and not of the form owner/name")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(path_or_hub_id, allow_patterns=list(patterns), revision=revision))
     except Exception as e:  # the hub client raises a dozen unrelated classes
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        reason = str(e).partition("\n")[0] or type(e).__name__
         raise OSError(f"{path_or_hub_id}: no such directory, and the hub did not deliver it ({reason})") from e
 
 
-def progress_of(checkpoint: Path) -> float:
-    """How far a checkpoint-* directory of a run is trained; -1 where nothing tells."""
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass
+class Lazy:
+    """A tensor that is read, or made, when it is needed.
+
+    name: in the file; meta: its shape and dtype, without values; how: "copied", or where else it comes from.
+    """
+
+    name: str
+    file: Path | None
+    meta: Tensor
+    make: Callable[[], Tensor]
+    how: str = "copied"
+
+    def read(self) -> Tensor:
+        return self.make().to(self.meta.dtype)
+
+    def check(self, *shape: int) -> None:
+        """Raises ValueError where it has another shape, or holds no floating-point numbers."""
+        where = f"{self.file}: tensor {self.name!r}"
+        if self.meta.dtype not in FLOATS.values():
+            raise ValueError(f"{where} is none of {', '.join(FLOATS)}: quantised weights are not supported")
+        if self.meta.shape != shape:
+            raise ValueError(f"{where} has shape {list(self.meta.shape)}, its config asks for {list(shape)}")
+
+
+def tensors_of(file: Path) -> dict[str, Lazy]:
+    """The tensors of a safetensors file by name. Raises ValueError for one that is truncated or corrupt."""
+    found = {}
     try:
-        return step_of(checkpoint)
-    except (OSError, ValueError):
-        name = checkpoint.name.removeprefix("checkpoint-")
-        return math.inf if name == "final" else int(name) if name.isdecimal() else -1
+        with safe_open(file, "pt") as f:
+            for name in f.keys():  # noqa: SIM118
+                stored = f.get_slice(name)
+                dtype = FLOATS.get(stored.get_dtype(), torch.uint8)  # no float: `check` refuses it
+                meta = torch.empty(stored.get_shape(), dtype=dtype, device="meta")
+                found[name] = Lazy(name, file, meta, partial(read_tensor, file, name))
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file}: truncated or corrupt safetensors file ({e})") from None
+    return found
 
 
-def tensor_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it. Raises OSError for missing, ValueError for corrupt files."""
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.is_file():
-        return indexed_files(index, "a safetensors index")
-    if not single.is_file():
-        raise OSError(f"{directory}: no {single.name} and no {index.name}; convert.py reads other formats")
-    with open_tensors(single) as f:
-        return {name: single for name in f.keys()}  # noqa: SIM118
+def read_tensor(file: Path, name: str) -> Tensor:
+    """In a memory map of the file, which lasts as long as the tensor."""
+    with safe_open(file, "pt") as f:
+        return f.get_tensor(name)
 
 
-def indexed_files(index: Path, what: str) -> dict[str, Path]:
-    """Tensor name -> the file beside `index` that holds it. Raises ValueError / OSError; `what` is for the message."""
-    try:
-        files = {name: index.parent / file for name, file in read_json(index)["weight_map"].items()}
-    except (LookupError, TypeError, AttributeError) as e:
-        raise ValueError(f"{index}: not {what} ({e})") from None
-    for file in sorted(set(files.values())):
+SAFETENSORS = {"model.safetensors": tensors_of}
+
+
+def find_tensors(directory: Path, formats=SAFETENSORS, find=local_path) -> dict[str, Lazy]:
+    """The tensors of a checkpoint by their names on disk; of a directory with LoRA adapters, those of its base model
+    with the adapters merged into them. Raises OSError for missing, ValueError for broken files.
+
+    formats: a dict, name of a file, or of its shards' index without ".index.json" -> function that reads such files.
+    find: name of the base model -> its directory.
+    """
+    if (directory / "adapter_config.json").is_file():
+        return merge_adapters(directory, formats, find)
+    for name, read in formats.items():
+        single, index = directory / name, directory / f"{name}.index.json"
+        files = indexed_files(index) if index.is_file() else [single] * single.is_file()
+        if files:
+            return {name: tensor for file in files for name, tensor in read(file).items()}
+    raise OSError(f"{directory}: no weights; looked for {', '.join(formats)}; convert.py reads pytorch_model.bin, too")
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files that an index names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not {*map(type, weight_map.values())} <= {str}:
+        raise ValueError(f"{index}: no weight_map in it, of tensor names to file names")
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    for file in files:
         if not file.is_file():
             raise OSError(f"{file}: missing, although {index.name} names it")
     return files
-
-
-def open_tensors(file: Path):
-    """safetensors' memory map of one file, with errors that name it."""
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{file}: truncated or corrupt safetensors file ({e})") from None
-
-
-def read_tensor(file: Path, name: str, shape) -> Tensor:
-    """One tensor of a safetensors file, in its memory map. Raises ValueError when it is absent or has another shape."""
-    with open_tensors(file) as f:
-        if name not in f.keys():  # noqa: SIM118
-            raise ValueError(f"{file}: tensor {name!r} is missing, although the index names this file for it")
-        tensor = f.get_tensor(name)
-    if tensor.shape != shape:
-        raise ValueError(f"{file}: tensor {name!r} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-    return tensor
 
 
 # ---------------------------------------------------------------------------------------------------- names, config
@@ -195,7 +220,6 @@ DISK_NAMES = {
         (".mlp.down_proj.", ".ff_out."),
     ],
 }  # fmt: skip
-LLADA_NAMES = DISK_NAMES["llada original"]
 
 
 def naming(config: models.Config) -> str:
@@ -205,14 +229,9 @@ def naming(config: models.Config) -> str:
 
 def disk_name(kind: str, name: str) -> str:
     """Our parameter name -> its name in a checkpoint."""
-    return rename(name, DISK_NAMES.get(kind, []))
-
-
-def rename(name: str, pairs) -> str:
-    """Replaces beginnings of a name, and inner parts (they start with a dot): pairs of (old, new)."""
-    for old, new in pairs:
-        if name.startswith(old) or (old.startswith(".") and old in name):
-            name = name.replace(old, new, 1)
+    for ours, theirs in DISK_NAMES.get(kind, []):
+        if name.startswith(ours) or (ours.startswith(".") and ours in name):
+            name = name.replace(ours, theirs, 1)
     return name
 
 
@@ -221,29 +240,35 @@ def read_config(directory: Path) -> models.Config:
     file = Path(directory) / "config.json"
     if not file.is_file():
         raise OSError(f"{file}: missing; a checkpoint directory holds config.json, safetensors and tokenizer files")
+    raw = read_json(file)
     try:
-        return complete_config(read_json(file))
+        return complete_config(raw)
     except ValueError as e:
-        raise ValueError(f"{file}: {str(e).removeprefix(f'{file}: ')}") from None
+        raise ValueError(f"{file}: {e}") from None
 
 
-KINDS = {  # type of a field of models.Config -> what its value must be, in words and as a test
+KINDS = {  # type of a field -> what its value must be, in words and as a test
     int: ("a positive integer", lambda v: type(v) is int and v > 0),
     float: ("a number above 0", lambda v: type(v) in (int, float) and 0 < v < math.inf),
     bool: ("true or false", lambda v: isinstance(v, bool)),
     dict: ("an object", lambda v: isinstance(v, dict)),
-    str: ("text", lambda v: isinstance(v, str)),
-    int | None: ("a positive integer", lambda v: v is None or (type(v) is int and v > 0)),
-    dict | None: ("an object", lambda v: v is None or isinstance(v, dict)),
-    list[str] | None: ("a list of texts", lambda v: v is None or (isinstance(v, list) and {*map(type, v)} <= {str})),
+    str: ("a text", lambda v: isinstance(v, str) and v.strip()),
+    list[str]: ("a list of texts", lambda v: isinstance(v, list) and {*map(type, v)} <= {str}),
 }
 # Settings under which a checkpoint would load, but compute something else than its authors' code.
 REQUIRED = {
-    "position_embedding_type": ("absolute",), "use_sliding_window": (False,), "is_decoder": (False,),
-    "partial_rotary_factor": (1.0,), "activation_type": ("silu",), "block_type": ("llama",),
-    "layer_norm_type": ("rms",), "alibi": (False,), "include_bias": (False,), "include_qkv_bias": (False,),
-    "scale_logits": (False,), "input_emb_norm": (False,), "attention_layer_norm": (False,), "rope": (True,),
+    "position_embedding_type": "absolute", "use_sliding_window": False, "is_decoder": False,
+    "partial_rotary_factor": 1.0, "activation_type": "silu", "block_type": "llama", "layer_norm_type": "rms",
+    "alibi": False, "include_bias": False, "include_qkv_bias": False, "scale_logits": False, "input_emb_norm": False,
+    "attention_layer_norm": False, "rope": True,
 }  # fmt: skip
+
+
+def check_field(name: str, value, kind) -> None:
+    """Raises ValueError where the value is not of this kind, a key of KINDS or an entry like those in it."""
+    what, fits = KINDS.get(kind, kind)
+    if not fits(value):
+        raise ValueError(f"field {name!r} must be {what}, found {str(value)[:80]!r}")
 
 
 def complete_config(raw: dict) -> models.Config:
@@ -255,70 +280,60 @@ def complete_config(raw: dict) -> models.Config:
         raise ValueError(f"model_type {raw.get('model_type')!r} is not supported; these are: {known}")
     backbone, family, defaults = models.FAMILIES[kind]
     is_decoder = backbone is models.Decoder
-    act = ("silu" if is_decoder else "gelu",)
-    for name, values in (REQUIRED | {"hidden_act": act, "hidden_activation": act}).items():
-        if raw.get(name) is not None and raw[name] not in values:
-            raise ValueError(f"{name} {raw[name]!r} is not supported for {kind}, only {values[0]!r}")
-    raw = raw | (llada_config(raw) if "d_model" in raw else {}) | rope_fields(raw)
-    if kind == "modernbert" and "decoder_bias" in raw:
-        raw = {"vocab_bias": raw["decoder_bias"]} | raw
-    names = {field.name for field in fields(family)} - {"other"}
-    values = defaults | {name: value for name, value in raw.items() if name in names} | {"model_type": kind}
+    activation = "silu" if is_decoder else "gelu"
+    for name, value in (REQUIRED | {"hidden_act": activation, "hidden_activation": activation}).items():
+        if raw.get(name) not in (None, value):
+            raise ValueError(f"{name} {raw[name]!r} is not supported for {kind}, only {value!r}")
+    raw = raw | other_spellings(raw) | (llada_config(raw) if "d_model" in raw else {})
+    names = {field.name for field in fields(family)} - {"model_type", "other"}
+    other = {name: value for name, value in raw.items() if name not in names}
+    if str(raw["model_type"]).lower() == kind:
+        del other["model_type"]  # otherwise it is written back as it was
+    values = {"nanoedit": {}} | defaults | {name: raw[name] for name in names & raw.keys()}
+    values |= {"model_type": kind, "other": other}
     for field in fields(family):
-        what, fits = KINDS[field.type]
-        value = values.get(field.name, field.default)
-        is_given = field.name in values or field.name in ("vocab_size", "hidden_size", "num_hidden_layers",
-                                                          "num_attention_heads", "intermediate_size")  # fmt: skip
-        if is_given and not fits(value) and not (field.name == "pad_token_id" and value == 0):
-            found = repr(values.get(field.name))
-            raise ValueError(f"field {field.name!r} must be {what}, found {found}")
-    if values["hidden_size"] % values["num_attention_heads"] and not values.get("head_dim"):
-        heads = f"num_attention_heads {values['num_attention_heads']}"
-        raise ValueError(f"hidden_size {values['hidden_size']} must be a multiple of {heads}")
+        value = values.get(field.name)
+        if value != field.default and (field.name in values or field.default is MISSING):
+            check_field(field.name, value, (get_args(field.type) or [field.type])[0])  # of `int | None`: int
+    stored = values["nanoedit"]
+    for name in {"method", "schedule", "x0_sampler"} & stored.keys():
+        check_field(f"nanoedit.{name}", stored[name], str)
+    if "method" in stored:
+        values["nanoedit"] = methods.complete(stored)
+    if not values.get("head_dim"):
+        check_multiple(values, "hidden_size", "num_attention_heads")
     if kind in ("llama", "qwen3"):  # their one switch is for all four projections
         values["attention_out_bias"] = values.get("attention_bias", False)
-    other = {name: value for name, value in raw.items() if name not in names}
-    if str(raw["model_type"]).lower() != kind:
-        other["model_type"] = raw["model_type"]  # written back as it was
-    config = family(**values, other=other)
-    config.nanoedit = dict(config.nanoedit)
-    check_nanoedit(config.nanoedit)
+    config = family(**values)
     if is_decoder:
         check_decoder(config)
     return config
 
 
-def check_nanoedit(stored: dict) -> None:
-    """Raises ValueError where the block is not what the methods of this repository write."""
-    if "method" in stored:
-        methods.get(stored["method"])
-    for name in ("schedule", "x0_sampler"):
-        if not isinstance(stored.get(name, ""), str):
-            raise ValueError(f"{name} must be text, found {stored[name]!r}")
+def check_multiple(values: dict, name: str, factor: str) -> None:
+    if values[name] % values[factor]:
+        raise ValueError(f"{name} {values[name]} must be a multiple of {factor} {values[factor]}")
 
 
 def check_decoder(c: models.DecoderConfig) -> None:
+    check_multiple(vars(c), "num_attention_heads", "num_key_value_heads")
     if c.head_dim % 2:
         raise ValueError(f"head_dim {c.head_dim} must be even: positions turn pairs of numbers")
-    if c.num_attention_heads % c.num_key_value_heads:
-        groups = f"num_key_value_heads {c.num_key_value_heads}"
-        raise ValueError(f"num_attention_heads {c.num_attention_heads} must be a multiple of {groups}")
     try:
         models.rotary(torch.zeros(1), c.head_dim, c.rope_theta, c.rope_scaling)
     except (LookupError, TypeError, ZeroDivisionError):
         raise ValueError(f"rope_scaling {c.rope_scaling!r} lacks a number of its type") from None
 
 
-def rope_fields(raw: dict) -> dict:
-    """theta and scaling out of the `rope_parameters` that transformers 5 writes; ModernBERT has two of them."""
+def other_spellings(raw: dict) -> dict:
+    """Fields under the names of `models.Config` that some versions of transformers write otherwise."""
     rope = raw.get("rope_parameters") or {}
-    parts = [rope.get(key, {}) for key in ("full_attention", "sliding_attention")] if isinstance(rope, dict) else [rope]
-    if not all(isinstance(part, dict) for part in parts):
-        raise ValueError(f"field 'rope_parameters' must be an object, found {rope!r}")
+    check_field("rope_parameters", rope, dict)
     found = {"rope_theta": rope["rope_theta"], "rope_scaling": rope} if "rope_theta" in rope else {}
-    if "full_attention" in rope:
-        found["global_rope_theta"], found["local_rope_theta"] = (part.get("rope_theta") for part in parts)
-    return found
+    for name, part in (("global_rope_theta", "full_attention"), ("local_rope_theta", "sliding_attention")):
+        if part in rope:
+            found[name] = rope[part].get("rope_theta")
+    return found | ({"vocab_bias": raw["decoder_bias"]} if "decoder_bias" in raw else {})
 
 
 def llada_config(raw: dict) -> dict:
@@ -332,8 +347,6 @@ def llada_config(raw: dict) -> dict:
         "num_key_value_heads": raw.get("n_kv_heads") or (1 if raw.get("multi_query_attention") else heads),
         "intermediate_size": raw.get("mlp_hidden_size") or raw.get("mlp_ratio", 4) * raw["d_model"],
         "max_position_embeddings": raw.get("max_sequence_length", 4096),
-        "rope_theta": raw.get("rope_theta", 500000.0),
-        "rms_norm_eps": raw.get("rms_norm_eps", 1e-5),
         "tie_word_embeddings": bool(raw.get("weight_tying", False)),
     }
 
@@ -347,9 +360,9 @@ def config_as_json(config: models.Config) -> dict:
 
 def build(config: models.Config) -> nn.Module:
     """The model of a configuration: its backbone under the heads of its method."""
-    config.nanoedit = methods.complete(config.nanoedit)
+    stored = config.nanoedit = methods.complete(config.nanoedit)
     head_sizes = config.hidden_size, config.vocab_size, config.vocab_bias
-    model = methods.get(config.nanoedit["method"]).Model(models.backbone(config), *head_sizes, config.nanoedit)
+    model = methods.get(stored["method"]).Model(models.backbone(config), *head_sizes, stored)
     model.config = config
     return model
 
@@ -382,36 +395,40 @@ def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None
     method: when given, a checkpoint of another method is refused. Raises OSError / ValueError naming the file.
     """
     directory = local_path(path)
-    if (directory / "adapter_config.json").is_file():
-        return lora.merge(load_adapters(directory, device, dtype, method))
-    config, files = read_config(directory), tensor_files(directory)
-    found = config.nanoedit.get("method") or methods.recognise(files)
+    config, have = read_config(directory), find_tensors(directory)
+    found = config.nanoedit.get("method") or methods.recognise(have)
     if found is None:
-        raise ValueError(
-            f"{directory}: no heads of a method in this checkpoint; add them with "
-            f"`convert.py --to {method or ' or '.join(methods.METHODS)} --model_name_or_path {path} --output_dir OUT`"
-        )
+        command = f"convert.py --to {method or ' or '.join(methods.METHODS)} -i {path} -o OUT"
+        raise ValueError(f"{directory}: no heads of a method in this checkpoint; add them with `{command}`")
     if method and found != method:
         hint = "convert.py makes one from the other"
         raise ValueError(f"{directory}: this is a checkpoint of method {found!r}, but {method!r} is asked for; {hint}")
     config.nanoedit["method"] = found
     with torch.device("meta"):
         model = build(config)
-    state = {}
-    for name, parameter in model.state_dict().items():
-        source = disk_name(naming(config), name)
-        if source not in files:
-            raise ValueError(f"{directory}: tensor {source!r} is missing; `convert.py --to {found}` adds missing heads")
-        state[name] = read_tensor(files[source], source, parameter.shape).to(device, dtype, copy=True)
-    model.load_state_dict(state, assign=True)
+    names = {name: disk_name(naming(config), name) for name in model.state_dict()}
+    read = read_state(model, names, have, directory)
+    model.load_state_dict({name: tensor.to(device, dtype, copy=True) for name, tensor in read}, assign=True)
     return model.requires_grad_(True)
+
+
+def read_state(model: nn.Module, names: dict[str, str], have: dict[str, Lazy], directory: Path):
+    """Yields (name, tensor) for the model's tensors that are keys of `names`, which holds their names on disk. Raises
+    ValueError for one that is missing or has another shape."""
+    state = model.state_dict()
+    for name, name_on_disk in names.items():
+        if name_on_disk not in have:
+            hint = f"`convert.py --to {model.config.nanoedit['method']}` adds missing heads"
+            raise ValueError(f"{directory}: tensor {name_on_disk!r} is missing; {hint}")
+        have[name_on_disk].check(*state[name].shape)
+        yield name, have[name_on_disk].make()
 
 
 def check_rows(model: nn.Module, tokenizer, directory) -> None:
     """Raises ValueError where the tokenizer of a checkpoint knows more tokens than its model has rows."""
     known, rows = tokenizer.vocab_size, model.config.vocab_size
     if known > rows:
-        raise ValueError(f"{directory}: the tokenizer has {known} tokens, but the model only {rows} rows for them")
+        raise ValueError(f"{directory}: the tokenizer has {known} tokens, but the model only {rows} rows")
 
 
 def open_for_inference(directory: Path, device: str, bf16: bool) -> tuple[nn.Module, Tokenizer]:
@@ -422,43 +439,54 @@ def open_for_inference(directory: Path, device: str, bf16: bool) -> tuple[nn.Mod
     return model, tokenizer
 
 
+def open_for_training(args, directory: Path, resume: Path | None) -> nn.Module:
+    """The checkpoint to start from or to continue, with LoRA adapters where they are asked for."""
+    adapted = (directory / "adapter_config.json").is_file()
+    if resume and adapted != args.lora:
+        kind = "with" if adapted else "without"
+        raise ValueError(f"{directory}: this run was trained {kind} --lora; go on {kind} it, or choose another folder")
+    if not args.lora:
+        return load(directory, method=args.method)
+    if adapted and not resume:
+        raise ValueError(f"{directory}: holds adapters already; `convert.py --to {args.method} --merge_lora` first")
+    if resume:
+        return load_adapters(directory, method=args.method, four_bit=args.load_in_4bit)
+    model = load(directory, method=args.method)
+    model.base = str(directory)
+    return lora.add(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.load_in_4bit, args.seed)
+
+
 def save(model: nn.Module, directory: str, state: dict | None = None) -> None:
     """config.json and model.safetensors. state: the full state dict where the model itself holds only shards of it."""
-    directory, kind = Path(directory), naming(model.config)
+    directory, kind, state = Path(directory), naming(model.config), state or model.state_dict()
     directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / "model.safetensors", state or model.state_dict(), lambda name: disk_name(kind, name))
+    write_tensors(directory / "model.safetensors", {disk_name(kind, name): state[name] for name in state})
     write_json(directory / "config.json", config_as_json(model.config))
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor], name_on_disk=lambda name: name) -> None:
-    """A safetensors file, whole or not at all."""
-    partial = file.with_name(f".writing-{file.name}")
-    tensors = {name_on_disk(name): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, file)
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(file) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
 
 
 # ---------------------------------------------------------------------------------------------------- adapters
 
 PREFIX = "base_model.model."  # of every name in a PEFT file
-ADAPTER_FIELDS = {  # of adapter_config.json, those read again: what each must be
+ADAPTER_FIELDS = {  # of adapter_config.json, those read again
     "r": ("a whole number from 1 to 65536", lambda r: type(r) is int and 1 <= r <= 65536),
-    "lora_alpha": ("a number", lambda alpha: type(alpha) in (int, float) and math.isfinite(alpha)),
+    "lora_alpha": float,
     "lora_dropout": ("a number from 0 to 1", lambda p: type(p) in (int, float) and 0 <= p <= 1),
-    "base_model_name_or_path": ("a directory or hub id", lambda base: isinstance(base, str) and base.strip()),
+    "base_model_name_or_path": str,
 }
 
 
-def is_adapted(name: str) -> bool:
-    """Whether a tensor is saved with adapters: they themselves, and everything outside the backbone."""
-    return not name.startswith("model.") or ".lora_" in name
-
-
-def adapter_names(model: nn.Module) -> dict[str, str]:
-    """Our names of the adapters' tensors -> their names in PEFT's file."""
-    kind = naming(model.config)
-    names = [f"{name}.{part}.weight" for name in lora.adapted_layers(model) for part in ("lora_A", "lora_B")]
-    return {name: PREFIX + disk_name(kind, name) for name in names}
+def adapted_names(model: nn.Module) -> dict[str, str]:
+    """Names of the tensors that are saved with adapters -> their names on disk: the adapters themselves, under PEFT's
+    names, and everything outside the backbone."""
+    kind, names = naming(model.config), model.state_dict().keys()
+    adapters = {name: PREFIX + disk_name(kind, name) for name in names if ".lora_" in name}
+    return {name: name for name in names if not name.startswith("model.")} | adapters
 
 
 def save_adapters(model: nn.Module, directory: str, base: str, state: dict | None = None) -> None:
@@ -466,7 +494,7 @@ def save_adapters(model: nn.Module, directory: str, base: str, state: dict | Non
 
     state: the full state dict where the model itself holds only shards of it.
     """
-    directory, state, names = Path(directory), state or model.state_dict(), adapter_names(model)
+    directory, state = Path(directory), state or model.state_dict()
     directory.mkdir(parents=True, exist_ok=True)
     config = model.lora | {
         "peft_type": "LORA",
@@ -476,47 +504,63 @@ def save_adapters(model: nn.Module, directory: str, base: str, state: dict | Non
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    write_tensors(directory / "adapter_model.safetensors", {names[name]: state[name] for name in names})
-    write_tensors(directory / "heads.safetensors", {n: t for n, t in state.items() if not n.startswith("model.")})
+    adapters = {theirs: state[name] for name, theirs in adapted_names(model).items() if ".lora_" in name}
+    heads = {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
+    write_tensors(directory / "adapter_model.safetensors", adapters)
+    write_tensors(directory / "heads.safetensors", heads)
     write_json(directory / "adapter_config.json", config)
     write_json(directory / "config.json", config_as_json(model.config))
 
 
-def read_adapter_config(directory: Path) -> dict:
-    """adapter_config.json. Raises ValueError naming the file and the field."""
+def read_adapters(directory: Path, find) -> tuple[dict, Path, dict[str, Lazy]]:
+    """(adapter_config.json, the directory of the base model, adapters and heads by their names on disk).
+
+    find: base_model_name_or_path -> directory. Raises OSError / ValueError naming the file.
+    """
     file = directory / "adapter_config.json"
-    config = {"lora_dropout": 0.0} | read_json(file)
-    for field, (what, fits) in ADAPTER_FIELDS.items():
-        if field not in config or not fits(config[field]):
-            raise ValueError(f"{file}: field {field!r} must be {what}, found {str(config.get(field))[:80]!r}")
-    return config
-
-
-def check_base(base: Path, directory: Path) -> None:
-    """Raises ValueError where the base model of adapters holds adapters, too."""
+    settings = {"lora_dropout": 0.0} | read_json(file)
+    try:
+        for field, kind in ADAPTER_FIELDS.items():
+            check_field(field, settings.get(field), kind)
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
+    base = find(settings["base_model_name_or_path"])
     if (base / "adapter_config.json").is_file():
-        raise ValueError(f"{directory}/adapter_config.json: the base model {base} holds adapters itself")
+        raise ValueError(f"{file}: the base model {base} holds adapters itself")
+    have = tensors_of(directory / "adapter_model.safetensors") | tensors_of(directory / "heads.safetensors")
+    return settings, base, have
+
+
+def merge_adapters(directory: Path, formats, find) -> dict[str, Lazy]:
+    """See find_tensors. The sums are float32 and rounded once, to what is asked for."""
+    settings, base, adapters = read_adapters(directory, find)
+    rank, scale = settings["r"], settings["lora_alpha"] / settings["r"]
+    have = find_tensors(base, formats)
+    for name in [name for name in adapters if name.endswith(".lora_A.weight")]:
+        A, B = adapters.pop(name), adapters.pop(name.replace(".lora_A.", ".lora_B."), None)
+        W = have.get(name.removeprefix(PREFIX).replace(".lora_A", ""))
+        if not W or not B:
+            raise ValueError(f"{A.file}: {name!r} has no partner in it, or nothing to be added to in {base}")
+        A.check(rank, W.meta.shape[1])
+        B.check(W.meta.shape[0], rank)
+        have[W.name] = replace(W, make=lambda W=W, B=B, A=A: lora.merged(W.make(), B.make(), A.make(), scale))
+    return have | adapters  # what is left of these: heads
 
 
 def load_adapters(directory: str, device="cpu", dtype=torch.float32, method=None, four_bit=False) -> nn.Module:
     """The base model of a directory that `save_adapters` wrote, with its adapters, unmerged."""
     directory = Path(directory)
-    settings = read_adapter_config(directory)
-    base = local_path(settings["base_model_name_or_path"])
-    check_base(base, directory)
+    settings, base, have = read_adapters(directory, local_path)
     model = load(base, device, dtype, method)
     model.config = read_config(directory)
     lora.add(model, settings["r"], settings["lora_alpha"], settings["lora_dropout"], four_bit)
     model.base = settings["base_model_name_or_path"]
-    heads, names = directory / "heads.safetensors", adapter_names(model)
-    with open_tensors(heads) as f:
-        if "unigram" in f.keys():  # noqa: SIM118 (a run that starts from `uniform` may adapt a model that does not)
-            model.register_buffer("unigram", torch.ones(model.config.vocab_size, device=device))
+    if "unigram" in have:  # a run that starts from `uniform` may adapt a model that does not
+        model.register_buffer("unigram", torch.ones(model.config.vocab_size, device=device))
     state = model.state_dict()
     with torch.no_grad():
-        for name in filter(is_adapted, state):
-            file = directory / "adapter_model.safetensors" if name in names else heads
-            state[name].copy_(read_tensor(file, names.get(name, name), state[name].shape))
+        for name, tensor in read_state(model, adapted_names(model), have, directory):
+            state[name].copy_(tensor)
     return model
 
 
@@ -542,15 +586,9 @@ def prepare_output(args, ranks) -> tuple[Path, Path | None]:
     """The output directory, proven writable before anything long starts, and the checkpoint to continue from."""
     out = Path(args.output_dir)
     if ranks.is_main:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / ".writable").touch()
-            if (out / "metrics.jsonl").is_dir():
-                raise OSError("metrics.jsonl is a folder")
-            for rest in [out / ".writable", *out.glob(".writing-*"), *out.glob(".deleting-*")]:  # of a run killed
-                shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
-        except OSError as e:
-            raise OSError(f"--output_dir {out}: cannot be written to ({e.strerror or e}); choose another") from None
+        check_writable(out, out)
+        for rest in [*out.glob(".writing-*"), *out.glob(".deleting-*")]:  # of a run that was killed
+            remove(rest)
     ranks.barrier()
     found = [] if args.overwrite_output_dir else [str(path) for path in checkpoints(out)]
     if any(other != found for other in ranks.gather(found)):
@@ -576,21 +614,21 @@ def save_run(out: Path, name: str, model: parallel.ParallelModel, tokenizer, opt
     is_saved = (target / STATE).is_file() and step_of(target) == state["step"]
     if ranks.all_reduce_max(is_saved):  # a run that was stopped where it had just saved
         return target
-    wanted = {n: t for n, t in model.plain.state_dict().items() if not args.lora or is_adapted(n)}
-    weights = parallel.gather(wanted, ranks)
+    names = adapted_names(model.plain) if args.lora else model.plain.state_dict()
+    weights = parallel.gather({n: t for n, t in model.plain.state_dict().items() if n in names}, ranks)
     moments = parallel.gather(parallel.moments(model.plain, optimizer), ranks)
     if ranks.is_main:
         try:
             if target.exists():  # the end of a shorter run becomes a checkpoint like any other
                 older = out / f"checkpoint-{step_of(target)}"
                 remove(target) if older.exists() else os.replace(target, older)
-            with whole_directory(target) as partial:
+            with replacing(target) as partial:
                 if args.lora:
                     save_adapters(model.plain, partial, model.plain.base, weights)
                 else:
                     save(model.plain, partial, weights)
                 tokenizer.save(partial)
-                save_file(moments, partial / "optimizer.safetensors")
+                write_tensors(partial / "optimizer.safetensors", moments)
                 write_json(partial / STATE, state | {"args": vars(args)})
         except (OSError, SafetensorError) as e:
             hint = f"{resume_hint(args)} goes on from the last checkpoint"
@@ -601,10 +639,24 @@ def save_run(out: Path, name: str, model: parallel.ParallelModel, tokenizer, opt
     return target
 
 
+def state_of(args, resume: Path, steps: int, ranks) -> dict | None:
+    """train_state.json of the checkpoint to go on from; None when the run is finished."""
+    state = read_json(resume / STATE)
+    step = state["step"]
+    if step > steps or (step == steps and resume.name == "checkpoint-final"):
+        ranks.say(f"{resume.parent} is finished, at step {step} of {steps}; for a new run choose another --output_dir")
+        return None
+    changed = {k: v for k, v in vars(args).items() if k in state["args"] and state["args"][k] != v}
+    if changed:
+        ranks.say("changed since the checkpoint was written: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
+    ranks.say(f"continuing {resume} at step {step} of {steps}")
+    return state
+
+
 def restore(model: nn.Module, optimizer, checkpoint: Path) -> None:
     """The optimizer as it was when the checkpoint of a run was written."""
-    with open_tensors(checkpoint / "optimizer.safetensors") as f:
-        parallel.restore_moments(model, optimizer, {name: f.get_tensor(name).clone() for name in f.keys()})  # noqa: SIM118
+    stored = tensors_of(checkpoint / "optimizer.safetensors")
+    parallel.restore_moments(model, optimizer, {name: t.make().clone() for name, t in stored.items()})
 
 
 def resume_hint(args) -> str:
@@ -615,15 +667,12 @@ def resume_hint(args) -> str:
 def trim_metrics(file: Path, step: int) -> list[dict]:
     """Drops lines that an interrupted run logged after its last checkpoint: they will be logged again. Returns the
     others."""
-    if not file.is_file():
+    if not file.exists():
         return []
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         kept = [line for line in lines if line["step"] <= step]
     except (ValueError, LookupError, TypeError, RecursionError) as e:
         raise ValueError(f"{file}: not the metrics of a run ({e}); move it away to go on without") from None
-    try:
-        write_whole(file, "".join(json.dumps(line) + "\n" for line in kept))
-    except OSError as e:
-        raise OSError(f"{file}: cannot be written to ({e.strerror or e})") from e
+    write_whole(file, "".join(json.dumps(line) + "\n" for line in kept))
     return kept

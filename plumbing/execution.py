@@ -3,17 +3,16 @@
     run(program, tests)          # "passed", or what went wrong, in one line
 
 The program gets a fresh interpreter in a fresh, empty directory that is removed afterwards, its own session, an
-environment of six variables, an empty stdin and a wall clock. It has passed when, and only when, the last line of its
-tests was reached: the interpreter then writes a random token to a pipe. The token came through stdin, so it stands in
-no file, no argument and no variable of the environment; `sys.exit(0)` half-way is a failure like any other. Output is
-thrown away. This file plays both parts: `run` starts it again as a script, and the script confines itself before it
-executes anything it was given.
+environment of six variables, an empty stdin and a wall clock; its output is thrown away. It has passed when, and only
+when, the last line of its tests was reached: the interpreter then writes a random token to a pipe. The token came
+through stdin, so it stands in no file, no argument and no variable of the environment; `sys.exit(0)` half-way is a
+failure like any other. `run` starts this file again as a script, which confines itself before it executes anything.
 
 **The first line is the kernel's**, and needs no privileges.
 
 * Limits on CPU seconds, address space, the size of a file, open files and core dumps, and *no* new processes or
   threads. The last one does not bind root, so a root process first becomes `nobody`. Where `nobody` cannot read the
-  interpreter's library (it may well live under /root) it keeps one capability, to read, or at worst to pass by file
+  interpreter's library (it may live under /root) it keeps one capability, to read, or at worst to pass by file
   permissions, as in a container that does not grant the first.
 * Landlock (Linux 5.13 and later): writing, creating, renaming, truncating and removing only inside the program's own
   directory; executing nothing. From Linux 6.7 on no TCP either, from 6.12 on no signal to a process outside.
@@ -52,7 +51,7 @@ TIMEOUT = 10.0  # seconds of wall clock, interpreter start included
 MEMORY = 1 << 30  # bytes of address space
 FILE_SIZE = 16 << 20  # bytes, per file
 OPEN_FILES = 64
-REASON_LENGTH = 200  # characters of an error message that are kept: a pipe takes so short a report in one piece
+REASON_LENGTH = 200  # characters of an error message: a pipe takes so short a report in one piece
 
 
 def run(program: str, tests: str, timeout: float = TIMEOUT, memory: int = MEMORY) -> str:
@@ -64,8 +63,15 @@ def run(program: str, tests: str, timeout: float = TIMEOUT, memory: int = MEMORY
     token = secrets.token_hex(16)
     task = {"token": token, "program": program, "tests": tests, "memory": memory, "cpu": int(timeout) + 1}
     home = tempfile.mkdtemp(prefix="nanoedit-")
+    variables = {
+        "PATH": os.defpath, "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8",
+        "PYTHONHASHSEED": "0",  # or the order of a set of strings, and some verdicts, would change from run to run
+        "OPENBLAS_NUM_THREADS": "1",  # numpy would start threads when imported, and may not
+    }  # fmt: skip
+    command = [sys.executable, "-P", "-s", "-B", os.path.abspath(__file__)]  # -I, but with our variables
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
-        with _start(home) as child:
+        with subprocess.Popen(command, cwd=home, env=variables, start_new_session=True, **pipes) as child:
             try:
                 with suppress(BrokenPipeError), child.stdin:  # the child may have died; then its report is empty
                     child.stdin.write(json.dumps(task).encode())
@@ -78,16 +84,6 @@ def run(program: str, tests: str, timeout: float = TIMEOUT, memory: int = MEMORY
         for command in (["chmod", "-R", "u+rwx", home], ["rm", "-rf", home]):
             subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
     return _verdict(report, token)
-
-
-def _start(home: str) -> subprocess.Popen:
-    """This file as a script. `-P -s` with an environment of our own isolates as `-I` does, and fixes the hash seed:
-    otherwise the order of a set of strings, and with it some verdicts, would change from run to run."""
-    variables = {"PATH": os.defpath, "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
-    variables["OPENBLAS_NUM_THREADS"] = "1"  # numpy would start threads when imported, and may not
-    command = [sys.executable, "-P", "-s", "-B", os.path.abspath(__file__)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, cwd=home, env=variables, start_new_session=True, **pipes)
 
 
 def _verdict(report: bytes, token: str) -> str:
@@ -112,29 +108,24 @@ def _child() -> None:
     pipe = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     report = {"setup_error": "", "landlock": 0, "verdict": ""}
-    write, leave, dumps = os.write, os._exit, json.dumps  # before the program can put others in their places
+    module = types.ModuleType("program")
+    sys.modules["program"] = module  # dataclasses and pickle look theirs up
+    execute, write, leave, dumps = exec, os.write, os._exit, json.dumps  # before the program can replace them
     try:
         report["landlock"] = _confine(task["memory"], task["cpu"])
-    except (OSError, ValueError, ImportError) as error:
-        report["setup_error"] = str(error) or type(error).__name__
+    except (OSError, ValueError) as error:
+        report["setup_error"] = str(error)
     else:
         sys.addaudithook(_second_line(os.getcwd()))
-        report["verdict"] = _execute(task["program"], task["tests"])
+        try:
+            stages = [compile(task[part], f"<{part}>", "exec") for part in ("program", "tests")]
+            for stage in stages:
+                execute(stage, module.__dict__)
+            report["verdict"] = "passed"
+        except BaseException as error:  # SystemExit too: leaving early is not passing
+            report["verdict"] = f"{type(error).__name__}: {error}".split("\n")[0][:REASON_LENGTH]
     write(pipe, (task["token"] + dumps(report)).encode())
     leave(0)
-
-
-def _execute(program: str, tests: str) -> str:
-    """"passed", or the error in one line. The namespace is a real module: dataclasses and pickle look theirs up."""
-    module = sys.modules["program"] = types.ModuleType("program")
-    execute = exec  # the program may replace the builtin
-    try:
-        stages = [compile(text, name, "exec") for text, name in ((program, "<program>"), (tests, "<tests>"))]
-        for stage in stages:
-            execute(stage, module.__dict__)
-    except BaseException as error:  # SystemExit too: leaving early is not passing
-        return f"{type(error).__name__}: {error}".split("\n")[0][:REASON_LENGTH]
-    return "passed"
 
 
 def _confine(memory: int, cpu_seconds: int) -> int:
@@ -204,11 +195,9 @@ def _landlock(call, home: str) -> int:
     scoped = 0b11 if version >= 6 else 0  # abstract Unix sockets, signals
     rules = call("syscall", create_ruleset, struct.pack("=3Q", changes | execute, tcp, scoped), 24, 0)
     for path, allowed in ((home, changes), (os.devnull, 1 << 1)):
-        folder = os.open(path, os.O_PATH)
-        call("syscall", add_rule, rules, 1, struct.pack("=Qi", allowed, folder), 0)
-        os.close(folder)
+        rule = struct.pack("=Qi", allowed, os.open(path, os.O_PATH))
+        call("syscall", add_rule, rules, 1, rule, 0)
     call("syscall", restrict_self, rules, 0)
-    os.close(rules)
     return version
 
 
@@ -216,9 +205,9 @@ def _second_line(home: str):
     """An audit hook (PEP 578). It sees the operation, not the name: `from os import unlink as tidy` gains nothing."""
     refused = {"os.fork", "os.forkpty", "os.system", "os.exec", "os.spawn", "os.posix_spawn", "subprocess.Popen"}
     refused |= {"os.kill", "os.killpg", "signal.pthread_kill", "socket.__new__", "ctypes.dlsym", "resource.setrlimit"}
-    changing = {"os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.chown", "os.utime", "os.setxattr"}
-    changing |= {"os.removexattr", "shutil.rmtree"}
-    paths_of = dict.fromkeys(changing, 1) | dict.fromkeys({"os.rename", "os.link", "os.symlink"}, 2)
+    changing = "remove rmdir mkdir truncate chmod chown utime setxattr removexattr"
+    paths_of = {f"os.{name}": 1 for name in changing.split()} | {"shutil.rmtree": 1}
+    paths_of |= {"os.rename": 2, "os.link": 2, "os.symlink": 2}
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     inside, real_path, decode = os.path.realpath(home) + os.sep, os.path.realpath, os.fsdecode
 

@@ -5,17 +5,16 @@
     position()            where the stream stands now, on this process
     gather(position)      the same of all processes, for a checkpoint
 
-The micro-batches of a run are one sequence, whoever computes them: process r of n takes every n-th, beginning with the
-r-th. So four processes see what one process with four times the accumulation sees.
+The micro-batches of a run are one sequence: process r of n takes every n-th, beginning with the r-th. So four processes
+see what one process with four times the accumulation sees.
 
-A corpus that does not fit into memory (--streaming) is read a little at a time, from local files, from http(s)
-addresses, or from the hub:
+A corpus that does not fit into memory (--streaming) is read a little at a time:
 
     piece   a stretch of a file: about a megabyte of its lines, found by seeking; or, of a file that cannot be entered
             in the middle (gzip, CSV, parquet), every n-th of its records
-    shard   a share of the pieces, in an order drawn anew for every epoch. Micro-batch number i of the run comes from
-            shard i modulo their number, whoever computes it: so runs with other numbers of processes, as long as they
-            divide the number of shards, see the same micro-batches
+    shard   a share of the pieces, in an order drawn anew for every epoch. Micro-batch i of the run comes from shard i
+            modulo their number: so runs with other numbers of processes, as long as they divide the number of shards,
+            see the same micro-batches
     buffer  the next thousand records of a shard, or megabyte: tokenized, shuffled, handed out before the next is read
 
 A shard stands at [epoch, piece, record, used]: where its buffer begins, and how many micro-batches of it were handed
@@ -28,7 +27,6 @@ import math
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import chain, count, islice, takewhile
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -44,7 +42,6 @@ import toy
 SHARDS = 16
 PIECE = 1 << 20  # bytes, at most; small corpora are cut finer
 BUFFER_RECORDS, BUFFER_CHARACTERS = 1000, 1 << 20
-STRETCH = 1 << 14  # characters of a .txt file that make a record
 LONGEST_LINE = 1 << 26  # bytes
 EMPTY_EPOCHS = 5  # in a row in which a shard may come out empty, as happens with few and long records
 WAITS = (0, 0.5, 1, 2, 4, 8)  # seconds before each attempt to read a remote file
@@ -56,8 +53,9 @@ stop_requested = threading.Event()  # set when the run is to stop: nobody waits 
 
 
 def fetch(url: str, start: int, end: int) -> tuple[bytes, int]:
-    """(bytes start to end of a remote file, the size of the file). Tries again after errors that may pass; raises
-    OSError. The hub client's own retries would go on for 23 seconds when the run is to stop."""
+    """(bytes start to end of a remote file, its size). Tries again after errors that may pass; raises OSError.
+
+    The hub client's own retries would go on for 23 seconds when the run is to stop."""
     # compressed on the way, ranges would be of other bytes
     headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     if url.startswith(f"{constants.ENDPOINT}/"):
@@ -107,50 +105,41 @@ class _Ranges(AbstractBufferedFile):
 
 def find_files(name: str) -> list:
     """The files a name of a dataset spec stands for: Paths and RemoteFiles. Raises ValueError or OSError."""
-    if name.startswith(("http://", "https://")):
-        files = [RemoteFile(name)]
-    elif os.path.exists(name) or name.count("/") == 0 or data.suffix(name) in data.READERS:
-        files = data.data_files(name)
-    else:
-        owner, dataset, *folder = name.split("/")
-        try:
-            info = HfApi().dataset_info(f"{owner}/{dataset}", files_metadata=True)
-        except Exception as e:  # the hub client raises a dozen unrelated classes
-            raise data.no_dataset(name, e) from e
-        files = [
-            RemoteFile(hf_hub_url(info.id, s.rfilename, repo_type="dataset", revision=info.sha), s.size)
-            for s in sorted(info.siblings, key=lambda s: s.rfilename)
-            if s.rfilename.startswith("/".join([*folder, ""])) and data.is_data(s.rfilename)
-        ]
+    is_url = name.startswith(("http://", "https://"))
+    files = [RemoteFile(name)] if is_url else data.data_files(name, remote_files)
     streamed = [suffix for suffix in data.READERS if suffix != ".json"]
-    for file in files or [name]:
+    for file in files:
         if data.suffix(file) not in streamed:
             raise ValueError(f"{file}: cannot be streamed; use {', '.join(streamed)}, or one of these with .gz")
     return files
 
 
+def remote_files(repository: str, folder: str) -> list[RemoteFile]:
+    """The data files of a hub dataset, in the version of this moment."""
+    info = HfApi().dataset_info(repository, files_metadata=True)
+    return [
+        RemoteFile(hf_hub_url(info.id, s.rfilename, repo_type="dataset", revision=info.sha), s.size)
+        for s in sorted(info.siblings, key=lambda s: s.rfilename)
+        if s.rfilename.startswith(os.path.join(folder, ""))
+    ]
+
+
 def is_cuttable(file) -> bool:
     """Whether one can begin to read in the middle: lines of text, not compressed."""
-    return data.suffix(file) in (".jsonl", ".txt") and not file.name.endswith(".gz")
+    return data.suffix(file) in data.LINES and not file.name.endswith(".gz")
 
 
 def read_piece(file, start: int = 0, end: int | None = None, step: int = 1, skip: int = 0) -> Iterator[tuple]:
     """(place, record), as data.read_file gives them, without the first `skip`. Of a cuttable file: the lines that begin
     at bytes start to end. Of another: records start, start + step, ..."""
-    suffix = data.suffix(file)
-    if is_cuttable(file):
-        lines, start, step = read_lines(file, start, end), 0, 1
-    else:
-        lines = data.numbered_lines(file)
-    if suffix == ".txt":
-        records = stretches(lines)
-    else:
-        records = data.parse_jsonl(lines) if suffix == ".jsonl" else data.read_file(file)
-    return islice(records, start + skip * step, None, step)
+    if not is_cuttable(file):
+        return islice(data.read_file(file), start + skip * step, None, step)
+    parse = data.LINES[data.suffix(file)]
+    return islice(parse(read_lines(file, start, end)), skip, None)
 
 
-def read_lines(file, start: int, end: int | None) -> Iterator[tuple[str, str | ValueError]]:
-    """The lines that begin at bytes start to end. The one around `start` began before, and belongs to another piece."""
+def read_lines(file, start: int, end: int | None) -> Iterator[tuple[str, bytes]]:
+    """(place, line) of those that begin at bytes start to end. The one around `start` belongs to the piece before."""
     with file.open("rb") as f:
         at = start
         if start:
@@ -159,24 +148,8 @@ def read_lines(file, start: int, end: int | None) -> Iterator[tuple[str, str | V
         while (end is None or at < end) and (line := f.readline(LONGEST_LINE)):
             if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
                 raise ValueError(f"{file}: byte {at}: a line of more than {LONGEST_LINE >> 20} MB")
-            yield f"{file}: byte {at}", data.decode_line(line)
+            yield f"{file}: byte {at}", line
             at += len(line)
-
-
-def stretches(lines) -> Iterator[tuple[str, dict | ValueError]]:
-    """The lines of a text in records of some 16,000 characters."""
-    begin = text = ""
-    for place, line in lines:
-        if isinstance(line, ValueError):
-            yield place, line
-            continue
-        begin = begin or place
-        text += line
-        if len(text) >= STRETCH:
-            yield begin, {"corpus": text}
-            begin = text = ""
-    if text.strip():
-        yield begin, {"corpus": text}
 
 
 # ---------------------------------------------------------------------------------------------------- the corpus
@@ -204,7 +177,7 @@ class Corpus:
     def __init__(self, spec: str, seed: int, hold_out: int, text_field: str | None, skip_bad_records: bool):
         self.spec, self.seed, self.text_field, self.skip_bad = spec, seed, text_field, skip_bad_records
         self.bad, self.too_long = 0, 0  # records left out
-        self.files, self.begin, self.forms, self.held_out = [], {}, {}, []
+        self.files, self.begin, self.held_out = [], {}, []
         for source in data.parse_spec(spec):
             if source.name in toy.SOURCES:
                 raise ValueError(f"--streaming: {source.name} is made up in memory; leave --streaming out")
@@ -217,13 +190,14 @@ class Corpus:
             if n is None:  # of a small corpus, a twentieth
                 n, limit = hold_out, sum(file.stat().st_size for file in train) / 20
             for file in held_out or train:
-                if n > 0:
-                    found, after = self.read_start(file, n, limit)
-                    self.held_out += found
-                    n -= len(found)
-                    if not held_out:
-                        self.begin[file] = after
-                        n = 0 if found else n  # from one file, so that the others are read from their start
+                if n <= 0:
+                    break
+                found, after = self.read_start(file, n, limit)
+                self.held_out += found
+                n -= len(found)
+                if not held_out:
+                    self.begin[file] = after
+                    n = 0 if found else n  # from one file, so that the others are read from their start
         self.total = sum(file.stat().st_size for file in self.files)
 
     def read_start(self, file, n: int, characters: float) -> tuple[list[dict], int]:
@@ -239,26 +213,10 @@ class Corpus:
     def records(self, piece: tuple, skip: int = 0) -> Iterator[tuple[int, str, list[dict]]]:
         """(number of the next record, place, [the record in normal form]) without the first `skip`; [] for a broken one
         that is left out. Raises ValueError with its place."""
-        for number, (place, record) in enumerate(read_piece(*piece, skip=skip), skip + 1):
-            normal = []
-            try:
-                if isinstance(record, ValueError):
-                    raise record
-                form = self.form_of(piece[0]) or data.detect_form(record, self.text_field)
-                normal = [record if form == "corpus" else data.normalise(record, form, self.text_field)]
-            except ValueError as error:
-                self.bad += data.bad_record(place, error, self.skip_bad)
+        usable = data.usable(read_piece(*piece, skip=skip), self.text_field, self.skip_bad)
+        for number, (place, normal) in enumerate(usable, skip + 1):
+            self.bad += not normal
             yield number, place, normal
-
-    def form_of(self, file) -> str | None:
-        """That of the file's first readable record, whichever record this process happens to read first."""
-        if file not in self.forms:
-            self.forms[file] = "corpus" if data.suffix(file) == ".txt" else None
-            for _, first in () if self.forms[file] else read_piece(file):
-                with suppress(ValueError):  # said when its turn comes
-                    self.forms[file] = data.detect_form(first, self.text_field)
-                    break
-        return self.forms[file]
 
     def shards(self, world: int) -> int:
         """A multiple of the number of processes: SHARDS where there is enough to read at any place, else as few as
@@ -371,15 +329,17 @@ class MemoryFeed(Feed):
     def __init__(self, args, method, settings, tokenizer, train_records, eval_records, ranks):
         super().__init__(args, method, settings, tokenizer, ranks)
         self.train = self.encode(train_records, progress=ranks.is_main)
-        held_out = self.encode(eval_records, recut=False, all_may_be_too_long=True)
+        held_out = self.encode(eval_records, recut=False)
         self.eval = self.pad(held_out.examples)
         for e in self.train.examples + held_out.examples:
             self.check(e)
-        if not len(self.train):
-            raise ValueError(f"--dataset_args {args.dataset_args}: nothing to train on")
         for part, kind in ((self.train, ""), (held_out, "held-out ")):
             if part.too_long:
-                ranks.say(f"{part.too_long} {kind}samples longer than --max_length {args.max_length} left out")
+                ranks.say(f"{len(part.too_long)} {kind}samples longer than --max_length {args.max_length} left out")
+        if not len(self.train):
+            shortest = min(self.train.too_long, default=0)
+            reason = f"; the shortest sample has {shortest} tokens, longer than --max_length {args.max_length}"
+            raise ValueError(f"--dataset_args {args.dataset_args}: nothing to train on{reason if shortest else ''}")
         tokens = sum(len(e) for e in self.rows())
         ranks.say(f"{len(self.train)} examples an epoch, {tokens} tokens; {len(self.eval)} held out")
         self.steps_per_epoch = len(self.epoch(0)) / self.group
@@ -415,8 +375,8 @@ class StreamedFeed(Feed):
         found = []
         texts = [{"text": r["corpus"]} for r in records if "corpus" in r]  # of which none is the end of anything
         for part, options in ((texts, {"insert_eos": False}), ([r for r in records if "corpus" not in r], {})):
-            encoded = self.encode(part, all_may_be_too_long=True, **options)
-            self.corpus.too_long += encoded.too_long
+            encoded = self.encode(part, **options)
+            self.corpus.too_long += len(encoded.too_long)
             for e in encoded.examples:
                 try:
                     self.check(e)
@@ -486,3 +446,17 @@ class StreamedFeed(Feed):
             self.ranks.say(f"left out of this run so far: {bad} broken records, {too_long} longer than --max_length")
         positions = {n: at for part in self.ranks.gather(position) for n, at in part.items()}
         return {"lanes": self.count, "positions": positions, "files": self.corpus.fingerprint()}
+
+
+def open_data(args, ranks):
+    """(kind of feed, the records that it takes, a function that gives some of them)."""
+    if args.streaming:
+        hold_out = 0 if args.eval_strategy == "no" else 200
+        corpus = Corpus(args.dataset_args, args.seed, hold_out, args.text_field, args.skip_bad_records)
+        return StreamedFeed, [corpus], corpus.sample
+    train_records, eval_records, reports = data.load_records(
+        args.dataset_args, args.seed, text_field=args.text_field, skip_bad_records=args.skip_bad_records
+    )
+    for report in reports:
+        ranks.say(str(report))
+    return MemoryFeed, [train_records, eval_records], lambda: train_records

@@ -9,7 +9,8 @@ A method is a module with
                     the same state on every process, for what decides how many forward passes are made
     loss            (model, batch) -> (scalar, metrics for the log)
     generate        (model, prompts, settings, seeds, drafts=None, on_step=None) -> list of ragged.Generated
-    passes, room    (settings): the most forward passes that a batch takes; the tokens that a response starts with
+    passes          (settings): the most forward passes that a batch takes
+    start_length    (settings): the tokens that a response starts with
 
     model_flags     (parser): flags of what a checkpoint remembers; `remember(args, stored)` makes of them, and of what
                     an older checkpoint remembers, a dict for the "nanoedit" block of config.json
@@ -115,13 +116,13 @@ def special_tokens(method, tokenizer) -> dict[str, int | None]:
     return tokens
 
 
-def check_room(method, prompts: list, settings, drafts: list | None = None, names: list[str] | None = None) -> None:
+def check_lengths(method, prompts: list, settings, drafts: list | None = None, names: list[str] | None = None) -> None:
     """Raises ValueError for the first prompt whose start of a response would exceed the model's positions."""
     for i, prompt in enumerate(prompts):
-        room = max(1, len(drafts[i])) if drafts else method.room(settings)
-        if len(prompt) + room > settings.max_positions:
+        length = max(1, len(drafts[i])) if drafts else method.start_length(settings)
+        if len(prompt) + length > settings.max_positions:
             raise ValueError(
-                f"{names[i] if names else 'a prompt'} of {len(prompt)} tokens and {room} to start from exceed the "
+                f"{names[i] if names else 'a prompt'} of {len(prompt)} tokens and {length} to start from exceed the "
                 f"model's {settings.max_positions} positions; shorten it, or start from fewer (--init_num, "
                 "--mask_length)"
             )

@@ -253,9 +253,9 @@ def view(lines: list[list[Cell]], rows: int) -> list[list[Cell]]:
 
 def layout(frame: Frame, width: int, height: int) -> list[list[Cell]]:
     """A frame as lines: progress, the legend with the number of edits, the text."""
-    room = max(0, width - len(f"{frame.phase}    step {frame.step}"))
-    full = round(room * frame.t)
-    head = [Cell(f"{frame.phase}  {'━' * full}"), Cell(f"{'─' * (room - full)}  step {frame.step}", "dim")]
+    space = max(0, width - len(f"{frame.phase}    step {frame.step}"))
+    full = round(space * frame.t)
+    head = [Cell(f"{frame.phase}  {'━' * full}"), Cell(f"{'─' * (space - full)}  step {frame.step}", "dim")]
     legend = []
     for (mark, name), total in zip(LEGEND.items(), frame.total):
         legend += [Cell(name, mark=mark), Cell(f" {total}   ")]
@@ -308,8 +308,8 @@ class Screen:
     def draw(self, frame: Frame) -> None:
         size = shutil.get_terminal_size()
         # The cursor rests on the line below the picture, which must be on the screen, too.
-        room = size.lines - 1 if self.is_terminal else sys.maxsize
-        lines = [*layout(frame, max(2, min(100, size.columns)), room - 1), []][:room]
+        space = size.lines - 1 if self.is_terminal else sys.maxsize
+        lines = [*layout(frame, max(2, min(100, size.columns)), space - 1), []][:space]
         if self.is_terminal and self.height:
             self.file.write(f"\x1b[{self.height}F\x1b[J")
         encoding = self.file.encoding or "utf-8"

@@ -23,7 +23,8 @@ from types import SimpleNamespace
 import jinja2
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 DEL_TOKEN = "<|del|>"
 SPECIAL_TOKENS = {"pad": "<|pad|>", "bos": "<|bos|>", "eos": "<|eos|>", "mask": "<|mask|>", "del": DEL_TOKEN}
@@ -103,11 +104,6 @@ class Tokenizer:
         ends = [name for name in END_OF_MESSAGE if name in (self.chat_template or "")]
         return self._id(*ends, "eos_token", "sep_token")
 
-    @property
-    def tokens(self) -> dict[str, int | None]:
-        """The special tokens that ME-DLM works with, by role."""
-        return {"mask": self.mask_id, "pad": self.pad_id, "del": self.del_id, "eos": self.eos_id}
-
     def add_tokens(self, names: dict[str, str]) -> dict[str, int]:
         """Gives the tokenizer the tokens it lacks: {role: token}, for example {"mask": "<|mask|>", "del": "<|del|>"}.
 
@@ -132,7 +128,7 @@ class Tokenizer:
         """
         if not self.chat_template:
             raise ValueError("the tokenizer has no chat template: pass --chat_template False, or add the template")
-        context = {"tools": None, "documents": None, **_special_names(self.config)}
+        context = _special_names(self.config) | {"tools": None, "documents": None}
         context |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             return _compile_template(self.chat_template).render(context)
@@ -143,19 +139,17 @@ class Tokenizer:
         """Writes the folder that `load_tokenizer` reads back."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = dict(self.config)
+        added = {}
         if isinstance(self.backend, SentencePiece):
             (directory / "tokenizer.model").write_bytes(self.backend.model.serialized_model_proto())
-            tokens = self.backend.get_added_tokens_decoder()
-            config["added_tokens_decoder"] = {i: {"content": t.content, "special": True} for i, t in tokens.items()}
+            tokens = self.backend.names.items()
+            added["added_tokens_decoder"] = {i: {"content": name, "special": True} for i, name in tokens}
         else:
             (directory / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        text = json.dumps(config, indent=2, ensure_ascii=False)
-        (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-        template = directory / "chat_template.jinja"
-        template.unlink(missing_ok=True)
+        config = json.dumps(self.config | added, indent=2, ensure_ascii=False)
+        (directory / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
         if self.chat_template:
-            template.write_text(self.chat_template, encoding="utf-8")
+            (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
 
 class SentencePiece:
@@ -166,17 +160,16 @@ class SentencePiece:
     """
 
     def __init__(self, path):
-        from sentencepiece import SentencePieceProcessor
-
         self.model = SentencePieceProcessor(model_file=path)
         self.vocab = {self.model.id_to_piece(i): i for i in range(len(self.model))}
-        self.special = {}
+        self.names = {}  # of the special tokens, by id
         self.add_special_tokens([AddedToken(t) for t, i in self.vocab.items() if self.model.is_control(i)])
 
     def add_special_tokens(self, tokens: list[AddedToken]) -> None:
         for token in tokens:
-            self.special[token.content] = self.vocab.setdefault(token.content, len(self.vocab))
-        longest_first = sorted(self.special, key=len, reverse=True)
+            i = self.vocab.setdefault(token.content, len(self.vocab))
+            self.names[i] = token.content
+        longest_first = sorted(self.names.values(), key=len, reverse=True)
         self.cut = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def encode_batch_fast(self, texts, add_special_tokens=False):
@@ -185,17 +178,15 @@ class SentencePiece:
     def _encode(self, text: str) -> list[int]:
         ids = []
         for n, part in enumerate(self.cut.split(text)):  # texts at even places, special tokens between them
-            ids += [self.special[part]] if n % 2 else self.model.encode(part)
+            ids += [self.vocab[part]] if n % 2 else self.model.encode(part)
         return ids
 
     def decode(self, ids, skip_special_tokens=True) -> str:
-        names = {i: token for token, i in self.special.items()}
-        if skip_special_tokens:
-            ids = [i for i in ids if i not in names]
+        ids = [i for i in ids if not (skip_special_tokens and i in self.names)]
         parts = []
-        for is_special, run in groupby(ids, key=names.__contains__):
-            run = list(run)
-            parts += [names[i] for i in run] if is_special else [self.model.decode(run)]
+        for is_special, run in groupby(ids, key=self.names.__contains__):
+            part = list(run)
+            parts += map(self.names.get, part) if is_special else [self.model.decode(part)]
         return "".join(parts)
 
     def token_to_id(self, token: str) -> int | None:
@@ -205,7 +196,7 @@ class SentencePiece:
         return self.vocab
 
     def get_added_tokens_decoder(self) -> dict[int, AddedToken]:
-        return {i: AddedToken(token, special=True) for token, i in self.special.items()}
+        return {i: AddedToken(name, special=True) for i, name in self.names.items()}
 
 
 def load_tokenizer(directory, backend=None) -> Tokenizer:
@@ -219,35 +210,34 @@ def load_tokenizer(directory, backend=None) -> Tokenizer:
     added, template = config.pop("added_tokens_decoder", {}), config.pop("chat_template", None)
     names = _special_names(read_json(directory / "special_tokens_map.json")) | _special_names(config)
     backend = backend or _load_backend(directory)
-    if isinstance(backend, tokenizers.Tokenizer):
-        backend.no_truncation()
-        backend.no_padding()
     try:
-        by_id = sorted(added.items(), key=lambda item: int(item[0]))
-        missing = [token["content"] for _, token in by_id if backend.token_to_id(token["content"]) is None]
-        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in missing])
+        for token in [added[i]["content"] for i in sorted(added, key=int)]:
+            if backend.token_to_id(token) is None:
+                backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         if isinstance(template, list):  # of several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if written.exists():
-            template = written.read_text(encoding="utf-8")
+        template = written.read_text(encoding="utf-8") if written.exists() else template
         if not isinstance(template, str | None):
             raise TypeError(f"a chat_template of type {type(template).__name__}")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        what = f"added_tokens_decoder or the chat template ({written.name}) cannot be read"
-        raise ValueError(f"{settings}: {what}: {type(error).__name__}: {error}") from None
+        what = f"{settings} (added_tokens_decoder, chat_template) or {written}"
+        raise ValueError(f"{what} cannot be read: {type(error).__name__}: {error}") from None
     return Tokenizer(backend, config | names, template)
 
 
 def _load_backend(directory: Path):
-    for name, read in (("tokenizer.json", tokenizers.Tokenizer.from_file), ("tokenizer.model", SentencePiece)):
-        path = directory / name
+    path, old = directory / "tokenizer.json", directory / "tokenizer.model"
+    try:
         if path.exists():
-            try:
-                return read(str(path))
-            except Exception as error:  # both libraries raise bare Exception or RuntimeError
-                raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
-    looked_for = "looked for tokenizer.json and tokenizer.model"
-    raise OSError(f"no tokenizer in {directory}: {looked_for}; copy one from the base model")
+            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend.no_truncation()
+            backend.no_padding()
+            return backend
+        if old.exists():
+            return SentencePiece(str(old))
+    except Exception as error:  # both libraries raise bare Exception or RuntimeError
+        raise ValueError(f"{path if path.exists() else old} cannot be read as a tokenizer: {error}") from error
+    raise OSError(f"no tokenizer in {directory}: looked for {path.name} and {old.name}; copy one from the base model")
 
 
 def _special_names(config: dict) -> dict[str, str]:
@@ -283,8 +273,9 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
     """
     special = [*SPECIAL_TOKENS.values(), "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(special) + len(alphabet):
-        raise ValueError(f"a vocabulary of {vocab_size} is too small: {len(special) + len(alphabet)} is the least")
+    least = len(special) + len(alphabet)
+    if vocab_size < least:
+        raise ValueError(f"a vocabulary of {vocab_size} is too small: {least} is the least")
     backend = tokenizers.Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -294,20 +285,6 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
     pieces = (piece for text in texts for piece in LONG_RUN.sub("\\1\0", text).split("\0"))
     backend.train_from_iterator(pieces, trainer)
     return Tokenizer(backend, NEW_CONFIG, CHAT_TEMPLATE)
-
-
-def word_tokenizer(words) -> Tokenizer:
-    """One token per word, digit or mark. In the text no space stands before . and :, between digits, or before a comma
-    behind a digit; so any row of these tokens is written as a text that is read as the same tokens."""
-    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS.values(), "<|unk|>", *words])}
-    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
-    backend.add_special_tokens(list(SPECIAL_TOKENS.values()))
-    marks = pre_tokenizers.Split(Regex(r"\d|(?<=\d),|[.:]"), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), marks])
-    spaces = decoders.WordPiece(prefix="\0", cleanup=False)  # no word begins with its "continued" mark: always a space
-    no_space = decoders.Replace(Regex(r" (?=[.:])|(?<=\d) (?=[\d,])"), "")
-    backend.decoder = decoders.Sequence([spaces, decoders.Fuse(), no_space])
-    return Tokenizer(backend, NEW_CONFIG | {"unk_token": "<|unk|>"})
 
 
 def read_json(path: Path) -> dict:

@@ -3,8 +3,8 @@
 #
 #   recipes/medlm_8b.sh TEXT.jsonl DIALOGUES.jsonl       {"text"} lines; {"history", "response"} lines
 #
-# Not run by us at this size. By `python bench.py plan` (computed) a step takes up to 57 GiB per GPU with --parallel fsdp, and
-# does not fit into 80 with ddp, with zero1, or with fsdp --reshard_after_forward False.
+# Not run by us at this size. RESULTS.md has the arithmetic: a step takes up to 57 GiB per GPU with --parallel fsdp (computed), and
+# does not fit into 80 with ddp or with fsdp --reshard_after_forward False.
 set -euo pipefail
 TEXT=$(realpath "${1:?usage: recipes/medlm_8b.sh TEXT.jsonl DIALOGUES.jsonl}") TALK=$(realpath "${2:?usage: recipes/medlm_8b.sh TEXT.jsonl DIALOGUES.jsonl}")
 cd "$(dirname "$0")/.."

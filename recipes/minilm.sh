@@ -21,13 +21,12 @@ for METHOD in ${METHODS:-editflow medlm}; do
   $PYTHON - "$OUT/$METHOD" <<'PY'
 import sys
 import torch
-import models
-from plumbing import tokenizer
+from plumbing import checkpoints, tokenizer
 
 start, out = f"{sys.argv[1]}-pretrained-start", f"{sys.argv[1]}-random-start"
-model = models.load(start)
-models.init_weights(model, torch.Generator().manual_seed(0))
-models.save(model, out)
+model = checkpoints.load(start)
+checkpoints.init_weights(model, torch.Generator().manual_seed(0))
+checkpoints.save(model, out)
 tokenizer.load_tokenizer(start).save(out)
 PY
   for START in pretrained random; do

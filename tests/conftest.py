@@ -80,7 +80,7 @@ def save_every_form(root: Path) -> None:
     for name in ("flow", "shards", "bin", "bins", "words", "merges"):
         save_checkpoint(root / name, schedule="cubic", x0_sampler="masks[length:4]")
     save_checkpoint(root / "medlm", "medlm")
-    save_checkpoint(root / "chat", tokenizer=train_tokenizer([WORDS], 300), x0_sampler="empty")
+    save_checkpoint(root / "chat", tokenizer=train_tokenizer([WORDS], 300), schedule="cubic", x0_sampler="empty")
 
     weights, part = load_file(root / "flow/model.safetensors"), "model-00001-of-00001.safetensors"
     (root / "shards/model.safetensors").rename(root / "shards" / part)
@@ -94,6 +94,7 @@ def save_every_form(root: Path) -> None:
     for name in ("words", "merges"):
         (root / name / "tokenizer.json").unlink()
     (root / "words/vocab.txt").write_text("\n".join([*vocabulary[:-3], "[UNK]", "[CLS]", "[SEP]"]))
+    write_json(root / "words/special_tokens_map.json", {"unk_token": "[UNK]"})
     write_json(root / "merges/vocab.json", {token: i for i, token in enumerate(["a", "b", "ab", *vocabulary[:20]])})
     (root / "merges/merges.txt").write_text("#version: 0.2\na b\n")
 
@@ -103,7 +104,7 @@ def save_every_form(root: Path) -> None:
         model_type="bpe", byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
     )  # fmt: skip
     write_json(root / "spiece/tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
-    save_checkpoint(root / "spiece", tokenizer=load_tokenizer(root / "spiece"), x0_sampler="empty")
+    save_checkpoint(root / "spiece", tokenizer=load_tokenizer(root / "spiece"), schedule="cubic", x0_sampler="empty")
 
 
 # ---------------------------------------------------------------------------------------------------- records

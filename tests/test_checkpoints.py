@@ -152,17 +152,17 @@ def damage_missing_config(d):
 
 def damage_config_not_json(d):
     (d / "config.json").write_text("{")
-    return "config.json: not valid JSON"
+    return "config.json is not JSON"
 
 
 def damage_config_not_utf8(d):
     (d / "config.json").write_bytes(b'{"a": "\xff"}')
-    return "config.json: not valid JSON"
+    return "config.json is not JSON"
 
 
 def damage_config_is_a_list(d):
     (d / "config.json").write_text("[]")
-    return "config.json: expected a JSON object, found list"
+    return "config.json must hold one JSON object"
 
 
 def damage_model_type(d):
@@ -187,7 +187,7 @@ def damage_activation(d):
 
 def damage_no_tensors(d):
     (d / "model.safetensors").unlink()
-    return "no model.safetensors"
+    return "no weights; looked for model.safetensors"
 
 
 def damage_empty_file(d):
@@ -213,7 +213,7 @@ def damage_missing_tensor(d):
 
 def damage_shape(d):
     edit_tensors(d, lambda tensors: tensors.update({"model.norm.weight": torch.ones(5)}))
-    return r"model.safetensors: tensor 'model.norm.weight' has shape \[5\], config.json asks for \[128\]"
+    return r"model.safetensors: tensor 'model.norm.weight' has shape \[5\], its config asks for \[128\]"
 
 
 def damage_missing_shard(d):
@@ -234,19 +234,19 @@ def damage_index_points_elsewhere(d):
     weight_map = json.loads(index.read_text())["weight_map"]
     weight_map = dict.fromkeys(weight_map, files[0].name)
     index.write_text(json.dumps({"weight_map": weight_map}))
-    return f"{files[0].name}: tensor '.*' is missing, although the index names this file"
+    return f"{d}: tensor '.*' is missing"
 
 
 def damage_index_not_json(d):
     split_into_shards(d)
     (d / "model.safetensors.index.json").write_text("{")
-    return "model.safetensors.index.json: not valid JSON"
+    return "model.safetensors.index.json is not JSON"
 
 
 def damage_index_of_another_kind(d):
     split_into_shards(d)
     (d / "model.safetensors.index.json").write_text("[1]")
-    return "model.safetensors.index.json: expected a JSON object, found list"
+    return "model.safetensors.index.json must hold one JSON object"
 
 
 def damage_no_heads(d):
@@ -302,14 +302,16 @@ def test_a_directory_that_is_not_there_is_said_to_be_missing(tmp_path):
 
 
 def test_the_output_directory_of_a_run_stands_for_its_newest_checkpoint(tmp_path):
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", "checkpoint-final.old"):
+    steps = {"checkpoint-9": 9, "checkpoint-10": 10, "checkpoint-final": 12, "checkpoint-broken": 99}
+    for name, step in steps.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
-    assert checkpoints.local_path(tmp_path).name == "checkpoint-10"
-    (tmp_path / "checkpoint-final").mkdir()
-    assert checkpoints.local_path(tmp_path).name == "checkpoint-10", "not complete"
-    (tmp_path / "checkpoint-final" / "config.json").write_text("{}")
+        (tmp_path / name / "train_state.json").write_text(json.dumps({"step": step, "args": {}}))
+    (tmp_path / "checkpoint-broken/train_state.json").unlink()
     assert checkpoints.local_path(tmp_path).name == "checkpoint-final"
+    (tmp_path / "checkpoint-14").mkdir()
+    assert checkpoints.local_path(tmp_path).name == "checkpoint-final", "not complete"
+    (tmp_path / "checkpoint-final").rename(tmp_path / "checkpoint-12")
+    assert checkpoints.local_path(tmp_path).name == "checkpoint-12"
 
 
 class Bomb:
@@ -332,6 +334,6 @@ def test_nothing_in_a_checkpoint_is_unpickled(checkpoint, tmp_path_factory):
     with pytest.raises(ValueError, match=r"model\.safetensors: truncated or corrupt"):
         checkpoints.load(checkpoint)
     (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"no model\.safetensors"):
+    with pytest.raises(OSError, match=r"no weights; looked for model\.safetensors"):
         checkpoints.load(checkpoint)
     assert not trace.exists()

@@ -304,8 +304,7 @@ def test_medlm_from_llada_puts_its_tokens_on_the_published_ids(tmp_path, capsys)
 
     out = run(tmp_path / "in", tmp_path / "out", "medlm")
     tokenizer, model = load_tokenizer(out), checkpoints.load(out)
-    assert tokenizer.tokens == {"mask": 126336, "pad": 126081, "del": 126084, "eos": 126085}
-    assert methods.special_tokens(medlm, tokenizer) == tokenizer.tokens
+    assert methods.special_tokens(medlm, tokenizer) == {"mask": 126336, "pad": 126081, "del": 126084, "eos": 126085}
     assert tokenizer.encode("<|im_start|>t7<|im_end|><|del|>") == [126086, 7, 126085, 126084]
     assert tokenizer.chat([{"role": "user", "content": "t3"}]).startswith("<|startoftext|>")
     assert torch.equal(model.lm_head.weight, tensors["model.transformer.ff_out.weight"])  # no row added or changed
@@ -383,7 +382,7 @@ def test_missing_tokens_are_added_and_said(tmp_path, capsys):
     before = all_tensors(tmp_path / "in")
     out = run(tmp_path / "in", tmp_path / "out", "medlm")
     tokenizer, model, said = load_tokenizer(out), checkpoints.load(out), capsys.readouterr().out
-    assert all(i is not None for i in (*tokenizer.tokens.values(), tokenizer.bos_id))
+    assert None not in (*methods.special_tokens(medlm, tokenizer).values(), tokenizer.bos_id)
     assert tokenizer.vocab_size == model.config.vocab_size == model.lm_head.out_features > 39
     assert f"from 39 to {tokenizer.vocab_size} rows" in said
     for name in ("<|mask|>", "<|bos|>", "<|del|>", "<|im_start|>", "<|im_end|>"):
@@ -596,7 +595,7 @@ def test_memory_stays_near_one_file(tmp_path):
     done = subprocess.run([sys.executable, "-c", script, *flags], cwd=REPO, capture_output=True, text=True, check=True)
     used = int(done.stdout.split()[-1])
     print(f"peak above imports: {used / 1e6:.0f} MB; file {shard / 1e6:.0f} MB, tensor {largest / 1e6:.0f} MB")
-    assert used < shard + 3 * largest  # pages of the source that are mapped count, too
+    assert used < shard + 4 * largest  # pages of the source that are mapped count, too; the model has 7 * largest
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
@@ -653,7 +652,7 @@ BAD = {
     "activation": (config(hidden_act="relu"), "config.json: hidden_act 'relu'"),
     "rope": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2}), "'yarn' is not supported"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json: missing"),
-    "config no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json: not valid JSON"),
+    "config no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
     "config without size": (config(hidden_size=...), "field 'hidden_size'"),
     "truncated": (lambda d: truncate(d / "model.safetensors"), "model.safetensors: truncated or corrupt"),
     "corrupt": (
@@ -677,7 +676,7 @@ BAD = {
     "quantised": (tensor("lm_head.weight", lambda t: t.to(torch.int8)), "'lm_head.weight' is none of .*quantised"),
     "fewer layers in config": (config(num_hidden_layers=2), "describes another model.*'model.layers.2"),
     "more layers in config": (config(num_hidden_layers=4), "'model.layers.3.* is missing"),
-    "vocabulary of config": (config(vocab_size=50), r"has shape \[48, 32\], config.json asks for \[50, 32\]"),
+    "vocabulary of config": (config(vocab_size=50), r"has shape \[48, 32\], its config asks for \[50, 32\]"),
     "surplus bias": (
         tensor("model.layers.1.self_attn.q_proj.bias", lambda t: torch.ones(32)),
         "another model.*q_proj.bias",
@@ -775,6 +774,6 @@ def test_bad_flags(tmp_path, good, flags, capsys):
 
 def test_output_that_is_a_file(tmp_path, good):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(OSError, match="is a file"):
+    with pytest.raises(OSError, match="File exists"):
         run(good, tmp_path / "out", "editflow", "--overwrite")
     assert (tmp_path / "out").read_text() == "mine"

@@ -106,6 +106,7 @@ ANSWER = {"messages": USER, "response": "A", "draft": None}
 FORM_CASES = [
     ("text", {"text": "T"}, {"text": "T"}),
     ("text", {"text": "T", "source": "where it comes from"}, {"text": "T"}),
+    ("text", {"text": "T", "prompt": "without a response"}, {"text": "T"}),
     ("text", {"text": "T", "draft": "D"}, {"messages": [], "response": "T", "draft": "D"}),
     ("history/response", {"history": USER, "response": "A"}, ANSWER),
     ("history/response", {"history": USER, "response": "A", "source": "D"}, ANSWER | {"draft": "D"}),
@@ -128,9 +129,15 @@ FORM_CASES = [
 @pytest.mark.parametrize(("form", "record", "normal"), FORM_CASES)
 def test_every_record_form(form, record, normal, tmp_path):
     path = jsonl(tmp_path / "data.jsonl", [record])
-    train, test, [report] = data.load_records(path)
-    assert (train, test, report.form) == ([normal], [], form)
-    assert form in str(report)
+    assert data.detect_form(record) == form
+    unit = "dialogues" if "messages" in normal else "documents"
+    assert data.load_records(path) == ([normal], [], [f"{path}: 1 {unit} to train on, 0 held out"])
+
+
+def test_the_form_of_a_record_depends_on_nothing_else(tmp_path):
+    path = jsonl(tmp_path / "data.jsonl", [record for _, record, _ in FORM_CASES])
+    train, _, _ = data.load_records(f"{path}[test:0]")
+    assert all(normal in train for _, _, normal in FORM_CASES)
 
 
 def test_a_text_field_can_be_named(tmp_path):
@@ -167,9 +174,10 @@ def test_parquet(tmp_path):
     (tmp_path / "b.parquet.gz").write_bytes(gzip.compress(path.read_bytes()))
     for name in ("a.parquet", "b.parquet.gz"):
         train, _, [report] = data.load_records(f"{tmp_path}/{name}[test:0]", skip_bad_records=True)
-        assert (sorted(record["text"] for record in train), report.bad) == (["one", "two"], 1)
+        assert sorted(record["text"] for record in train) == ["one", "two"]
+        assert "1 broken" in report
     path.write_bytes(b"PAR1, or so it says")
-    with pytest.raises(ValueError, match=r"a\.parquet:1: not a readable parquet file"):
+    with pytest.raises(ValueError, match=r"a\.parquet: cannot be read"):
         data.load_records(str(path))
 
 
@@ -183,15 +191,15 @@ BROKEN_LINES = {
     "{": "not JSON",
     "[1]": "must be an object",
     '"text"': "must be an object",
-    "{}": "no such field",
+    "{}": "known forms are",
     '{"text": 1}': "must be text, found 1 ",
     '{"text": ""}': "found ''",
     '{"text": " \\n"}': "must be text",
     '{"text": null}': "found None",
-    '{"text": "\\ud800"}': "half a character",
+    '{"text": "\\ud800"}': "not UTF-8",
     '{"text": "T", "draft": 3}': "'draft' must be text",
-    "[" * 10**5: "not usable JSON",
-    '{"text": ' + "1" * 5000 + "}": "not usable JSON",
+    "[" * 10**5: "not JSON",
+    '{"text": ' + "1" * 5000 + "}": "not JSON",
 }
 
 
@@ -204,8 +212,8 @@ def test_a_broken_record_is_named_or_skipped_and_counted(line, tmp_path):
     assert str(error.value).startswith(f"{path}:2: ")
     assert "--skip_bad_records" in str(error.value)
     train, test, [report] = data.load_records(path, skip_bad_records=True)
-    assert (len(train) + len(test), report.bad) == (2, 1)
-    assert "1 broken" in str(report)
+    assert len(train) + len(test) == 2
+    assert report.endswith(", 1 broken ones skipped")
 
 
 BROKEN_DIALOGUES = {
@@ -228,19 +236,20 @@ def test_broken_dialogues(message, tmp_path):
 
 
 BROKEN_FILES = {
-    "a.txt": (b"one\ntwo \xff\n", r":2: not UTF-8 \(byte 5"),
-    "empty.txt": (b"", ":1: the file holds no text"),
+    "a.txt": (b"one\ntwo \xff\n", r":2: not UTF-8 .* character 5\)"),
+    "latin.jsonl": (b'{"text": "T"}\n{"text": "\xe4"}', ":2: not UTF-8 .* character 11"),
+    "empty.txt": (b" \n", ": no usable record"),
     "empty.jsonl": (b"\n\n", ": no usable record"),
-    "a.json": (b'{"data": [\n1,,]}', ":2: not JSON"),
-    "lines.json": (b'{"text": "T"}\n{"text": "T"}\n', ":2: not JSON .*a .jsonl file holds one object per line"),
-    "two.json": (b'{"a": [], "b": []}', ":1: .*exactly one list"),
-    "number.json": (b"3", ":1: .*must hold a list"),
-    "deep.json": (b"[" * 10**5, ":1: not usable JSON"),
-    "latin.json": (b'[\n{"text": "\xe4"}]', ":2: not UTF-8"),
-    "item.json": (b'[{"text": "T"}, {}]', ": record 2: field 'text'"),
-    "a.csv": (b"question,answer\nQ,A\nQ,A,B\n", ":3: more values than the 2 fields"),
+    "a.json": (b'{"data": [\n1,,]}', ": cannot be read .*not JSON .*line 2"),
+    "lines.json": (b'{"text": "T"}\n{"text": "T"}\n', "line 2 .*a .jsonl file holds one object per line"),
+    "two.json": (b'{"a": [], "b": []}', ": .*exactly one list"),
+    "number.json": (b"3", ": .*must hold a list"),
+    "deep.json": (b"[" * 10**5, "not JSON"),
+    "latin.json": (b'[\n{"text": "\xe4"}]', ": cannot be read .not UTF-8"),
+    "item.json": (b'[{"text": "T"}, {}]', ": record 2: found fields ; known forms"),
+    "a.csv": (b"question,answer\nQ,A\nQ,A,B\n", ":3: more values than fields"),
     "short.csv": (b"question,answer\nQ\n", ":2: field 'answer' must be text"),
-    "quote.csv": (b'question,answer\n"Q"x,A\n', ":2: not CSV"),
+    "quote.csv": (b'question,answer\nQ,A\n"Q"x,A\n', ":2: cannot be read from here on .*expected after"),
     "latin.csv": (b"question,answer\n\xe4,A\n", ":2: not UTF-8"),
 }
 
@@ -255,18 +264,36 @@ def test_broken_files(name, tmp_path):
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_a_line_that_is_not_utf8_is_left_out_alone(tmp_path):
+    path = write(tmp_path / "a.txt", b"one\n\xff\n" + b" " * 20_000 + b"\ntwo\n")
+    [record], _, [report] = data.load_records(f"{path}[test:0]", skip_bad_records=True)
+    assert record == {"corpus": "one\n" + " " * 20_000 + "\ntwo\n"}
+    assert "1 broken" in report
+
+
 def test_files_that_are_not_there(tmp_path, monkeypatch):
     for name in (f"{tmp_path}/no.txt", "gsm8k", "../nothing", f"{tmp_path}/no"):
         with pytest.raises(ValueError, match=r"no such file or folder \(nor a hub dataset"):
             data.load_records(name)
-    with pytest.raises(ValueError, match=r"the folder holds no data file; use \.txt, \.jsonl"):
+    with pytest.raises(ValueError, match=r"no data file; use \.txt, \.jsonl"):
         data.load_records(str(tmp_path))
-    with pytest.raises(ValueError, match=r"cannot read .docx; use .txt"):
+    with pytest.raises(ValueError, match=r"a\.docx: no data file; use .txt"):
         data.load_records(write(tmp_path / "a.docx", "x"))
     whole = gzip.compress(b'{"text": "T"}\n' * 1000)
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"a\.jsonl\.gz:1: not a complete gzip file"):
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz: cannot be read \(Compressed file ended"):
         data.load_records(f"{tmp_path}/a.jsonl.gz")
+
+
+def test_which_files_of_a_folder_are_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inside = ["[a].jsonl/b.csv", "[a]/c.txt.gz", "d/e/f.parquet", "g.json"]
+    others = [".git/h.jsonl", "d/.i.jsonl", "dataset_infos.json", "README.txt", "j.py"]
+    for name in inside + others:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "in" / name, "x")
+    assert data.data_files("in") == sorted(data.Path("in", name) for name in inside)
+    assert data.data_files("in/README.txt") == [data.Path("in/README.txt")]
 
 
 def test_hub_datasets(tmp_path, monkeypatch):
@@ -305,12 +332,12 @@ def test_garbage_is_read_or_refused_with_file_and_line(folder, name, content, pa
     path.write_bytes(gzip.compress(content) if packed and name.endswith(".gz") else content)
     message = refusal(data.load_records, str(path), skip_bad_records=skip)
     if message:
-        assert re.match(re.escape(str(path)) + r":(\d+:| record \d+:| no usable record)", message)
+        assert re.match(re.escape(str(path)) + r":(\d+:| record \d+:| no usable record| cannot be read)", message)
         assert len(message.splitlines()) == 1
     else:
         train, test, [report] = data.load_records(str(path), skip_bad_records=skip)
         assert all(set(record) in ({"text"}, {"corpus"}) for record in train + test)
-        assert skip or not report.bad
+        assert skip or "broken" not in report
 
 
 json_leaves = st.none() | st.integers() | st.floats() | st.text(max_size=5)
@@ -325,7 +352,8 @@ any_record = json_values | st.dictionaries(fields, json_values | messages)
 @given(records=st.lists(any_record, max_size=4), first=st.sampled_from([record for _, record, _ in FORM_CASES]))
 def test_any_json_is_read_or_skipped(folder, records, first):
     train, test, [report] = data.load_records(jsonl(folder / "any.jsonl", [first, *records]), skip_bad_records=True)
-    assert len(train) + len(test) + report.bad == 1 + len(records)
+    bad = re.search(r", (\d+) broken ones skipped$", report)
+    assert len(train) + len(test) + int(bad[1] if bad else 0) == 1 + len(records)
     for record in train + test:
         assert set(record) in ({"text"}, {"messages", "response", "draft"})
         assert all(isinstance(text, str) for text in data.texts([record]))
@@ -337,7 +365,8 @@ def test_any_json_is_read_or_skipped(folder, records, first):
 def test_hold_out_is_seeded_and_complete(tmp_path):
     path = jsonl(tmp_path / "data.jsonl", [{"text": str(i)} for i in range(1000)])
     train, test, [report] = data.load_records(path, seed=3)
-    assert (len(train), len(test), report.train, report.test) == (950, 50, 950, 50)
+    assert (len(train), len(test)) == (950, 50)
+    assert report.endswith("950 documents to train on, 50 held out")
     assert {r["text"] for r in train + test} == {str(i) for i in range(1000)}
     assert (train, test) == data.load_records(path, seed=3)[:2]
     assert test != data.load_records(path, seed=4)[1]
@@ -384,17 +413,15 @@ def test_dialogues_become_prompt_and_response(bpe):
     assert data.encode_prompt([], bpe) == [bpe.bos_id]
 
 
-def test_too_long_samples_are_counted_and_all_of_them_are_an_error(bpe):
+def test_too_long_samples_are_left_out_and_their_lengths_kept(bpe):
     def sample(n, draft=None):
         return {"messages": USER, "response": "1" * n, "draft": draft}
 
     prompt = len(data.encode_prompt(USER, bpe))
     records = [sample(n) for n in (1, 9, 10, 50)] + [sample(1, draft="1" * 10)]
     kept = data.encode(records, bpe, max_length=prompt + 10)
-    assert ([len(e.response) for e in kept.examples], kept.too_long, len(kept)) == ([2, 10], 3, 2)
-    message = rf"all 2 samples are longer than --max_length {prompt + 5}; the shortest has {prompt + 11} tokens"
-    with pytest.raises(ValueError, match=message):
-        data.encode(records[2:4], bpe, max_length=prompt + 5)
+    assert ([len(e.response) for e in kept.examples], len(kept)) == ([2, 10], 2)
+    assert kept.too_long == [prompt + n for n in (11, 51, 11)]
 
 
 @quick

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,7 +265,8 @@ class StandIn:
     def answer(self, sample) -> dict:
         number = int(sample.id.partition("/")[2])
         draft, response = f"#### {number + number % 2}", f"#### {number + 1 - number % 3}"
-        return {"response": response, "tokens": number, "draft": draft, "mask_passes": 4, "edit_passes": number}
+        passes = {"mask_passes": 4, "edit_passes": number}
+        return {"response": response, "tokens": number, "draft": draft, "passes": passes}
 
 
 def numbered_samples(n: int):
@@ -295,7 +297,7 @@ def test_every_sample_is_answered_once_however_often_the_run_is_killed(tmp_path_
                     file.write(b'{"key": "' + b"x" * tear)
             asked += model.asked
     assert sorted(asked) == sorted(sample.id for sample in samples)
-    rows, expected = (evaluate.merge("gsm8k", samples, folder) for folder in (out, whole))
+    rows, expected = (evaluate.judge("gsm8k", samples, folder) for folder in (out, whole))
     assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in expected]
     assert [row["id"] for row in rows] == [sample.id for sample in samples]
     assert [json.loads(line) for line in (out / "gsm8k.jsonl").read_text().splitlines()] == rows
@@ -308,7 +310,7 @@ def test_a_last_line_without_its_newline_is_answered_again(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     evaluate.answer_samples("gsm8k", samples, model, tmp_path)
     assert model.asked == ["Gsm8k/2"]
-    assert len(evaluate.merge("gsm8k", samples, tmp_path)) == 3
+    assert len(evaluate.judge("gsm8k", samples, tmp_path)) == 3
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"task": "gsm8k"}', ""])
@@ -325,75 +327,50 @@ def test_code_is_judged_only_when_allowed_and_then_without_generating_again(tmp_
     evaluate.set_keys(samples, {}, tmp_path)
 
     def generate(batch):
-        return [{"response": "    return x + x", "tokens": 4, "draft": "    return 4", "steps": 1} for _ in batch]
+        answer = {"response": "    return x + x", "tokens": 4, "draft": "    return 4", "passes": {"steps": 1}}
+        return [answer for _ in batch]
 
     monkeypatch.setattr(evaluate.execution, "run", lambda *a: pytest.fail("must not run"))
     evaluate.answer_samples("humaneval", samples, generate, tmp_path)
-    rows = evaluate.merge("humaneval", samples, tmp_path)
-    summary = evaluate.summarise(rows)
-    assert "right" not in rows[0].keys() | summary.keys()
-    assert "not judged" in evaluate.table({"humaneval": summary})
-    solutions = [json.loads(line) for line in (tmp_path / "evalplus_humaneval.jsonl").read_text().splitlines()]
+    rows = evaluate.judge("humaneval", samples, tmp_path)
+    assert rows[0]["verdicts"] == evaluate.summarise(rows)["verdicts"] == {}
+    solutions = [json.loads(line) for line in (tmp_path / "evalplus_humaneval_response.jsonl").read_text().splitlines()]
     assert [s["task_id"] for s in solutions] == ["HumanEval/0", "HumanEval/1", "HumanEval/2"]
     assert {s["solution"] for s in solutions} == {PROMPT + "    return x + x\n"}
     assert len((tmp_path / "evalplus_humaneval_draft.jsonl").read_text().splitlines()) == 3
 
     monkeypatch.undo()
     evaluate.answer_samples("humaneval", samples, None, tmp_path)
-    rows = evaluate.merge("humaneval", samples, tmp_path, may_run=True)
-    assert [(row["draft_right"], row["right"]) for row in rows] == [(False, True), (False, True), (True, True)]
-
-
-def test_the_same_text_is_judged_once(tmp_path, monkeypatch):
-    judged = []
-    task = evaluate.replace(evaluate.TASKS["gsm8k"], check=lambda record, text: {"right": not judged.append(text)})
-    monkeypatch.setitem(evaluate.TASKS, "gsm8k", task)
-    samples = numbered_samples(2)
-    row = {"response": "same", "tokens": 1}
-    evaluate.answer_samples("gsm8k", samples, lambda batch: [row | {"draft": "same"}, row | {"draft": None}], tmp_path)
-    rows = evaluate.merge("gsm8k", samples, tmp_path)
-    assert judged == ["same", "same"]
-    assert [row.get("draft_right") for row in rows] == [True, None]
+    rows = evaluate.judge("humaneval", samples, tmp_path, may_run=True)
+    right = [(row["verdicts"]["draft right"], row["verdicts"]["response right"]) for row in rows]
+    assert right == [(False, True), (False, True), (True, True)]
 
 
 # --------------------------------------------------------------------------------------------------------- summary
 
 
-def row(draft, right, **other):
-    verdicts = {"draft_right": draft, "right": right}
-    return verdicts | {"mask_passes": 4, "edit_passes": 2, "seconds": 0.5, "tokens": 10} | other
+def row(draft, right, edit_passes=2, tokens=10):
+    verdicts = {"draft right": draft, "response right": right}
+    passes = {"mask_passes": 4, "edit_passes": edit_passes}
+    return {"verdicts": verdicts, "passes": passes, "seconds": 0.5, "tokens": tokens}
 
 
 def test_summary_arithmetic():
     rows = [row(False, True), row(False, False, edit_passes=6), row(True, True, tokens=30), row(False, True)]
     summary = evaluate.summarise(rows)
     assert summary["n"] == 4
-    assert summary["draft_right"] == 0.25
-    assert summary["right"] == 0.75
-    assert summary["right_standard_error"] == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+    assert summary["verdicts"]["draft right"]["percent"] == 25
+    error = pytest.approx(100 * (0.75 * 0.25 / 4) ** 0.5)
+    assert summary["verdicts"]["response right"] == {"percent": 75, "standard_error": error}
     assert summary["passes"] == {"mask_passes": 4, "edit_passes": 3}
-    assert (summary["tokens"], summary["seconds"], summary["tokens_per_second"]) == (60, 2.0, 30.0)
+    assert summary["tokens_per_second"] == 30
 
 
-def test_table_in_the_words_of_the_method():
-    steps = {"right": True, "valid": False, "steps": 32, "seconds": 0.5, "tokens": 10}
-    text = evaluate.table(
-        {
-            "gsm8k": evaluate.summarise([row(False, True), row(False, False)] * 50),
-            "humaneval": evaluate.summarise([{"mask_passes": 4, "edit_passes": 2, "seconds": 0.5, "tokens": 10}]),
-        }
-    )
-    assert text.splitlines() == [
-        "task       verdict        n     percent  mask passes  edit passes  tokens/s",
-        "gsm8k      draft right  100   0.0 ± 0.0          4.0          2.0      20.0",
-        "gsm8k      right        100  50.0 ± 5.0          4.0          2.0      20.0",
-        "humaneval  not judged     1           -          4.0          2.0      20.0",
-    ]
-    assert evaluate.table({"toy": evaluate.summarise([steps])}).splitlines() == [
-        "task  verdict  n      percent  steps  tokens/s",
-        "toy   right    1  100.0 ± 0.0   32.0      20.0",
-        "toy   valid    1    0.0 ± 0.0   32.0      20.0",
-    ]
+def test_a_verdict_counts_where_there_is_something_to_judge():
+    without_draft = row(False, True)
+    del without_draft["verdicts"]["draft right"]
+    found = evaluate.summarise([without_draft, row(True, True)])["verdicts"]["draft right"]
+    assert found == {"percent": 100, "standard_error": 0}
 
 
 # ------------------------------------------------------------------------------------------------------ the script
@@ -420,11 +397,15 @@ def test_main_from_files_to_summary(standing_in, files, tmp_path, capsys):
     asked, summary = standing_in("--task", "gsm8k", "--data_dir", str(tmp_path), "--limit", "5", "--batch_size", "2")
     assert asked == [f"Gsm8k/{i}" for i in range(5)]
     result = summary["tasks"]["gsm8k"]
-    assert (result["n"], result["draft_right"], result["right"]) == (5, 0.4, 0.4)
-    assert result["data"] == files["gsm8k"]
+    assert (result["n"], result["verdicts"]["response right"]["percent"]) == (5, 40)
+    assert summary["args"]["data"]["gsm8k"] == files["gsm8k"]
     assert "####" in result["judge"]
-    assert result["settings"] == {"order": "confidence"}
-    assert "gsm8k" in capsys.readouterr().out
+    assert summary["settings"] == {"gsm8k": {"order": "confidence"}}
+    assert re.sub(r" \S+ tokens/s", "", capsys.readouterr().out).splitlines() == [
+        "gsm8k, 5 samples:   4.0 mask passes   2.0 edit passes  ",
+        "    draft right      40.0 ± 21.9 %",
+        "    response right   40.0 ± 21.9 %",
+    ]
 
     more, _ = standing_in("--task", "gsm8k", "--data", f"gsm8k={files['gsm8k']}", "--batch_size", "8")
     assert more == ["Gsm8k/5", "Gsm8k/6"]
@@ -442,15 +423,15 @@ def test_evalplus_is_asked_where_it_is_installed(standing_in, files, tmp_path, m
     (package / "evaluate.py").write_text(stand_in + "print('pass@1:\\t0.250\\npass@1:\\t0.125')\n")
     flags = ("--task", "humaneval", "--data_dir", str(tmp_path))
     standing_in(*flags)
-    assert "humaneval: programs were written to" in capsys.readouterr().out
+    assert "programs were written to" in capsys.readouterr().out
 
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
     monkeypatch.syspath_prepend(package.parent)
     result = standing_in(*flags, "--allow_code_execution")[1]["tasks"]["humaneval"]
-    assert result["evalplus"] == result["evalplus_draft"] == {"base": 0.25, "plus": 0.125}
+    assert result["evalplus"] == {kind: {"base": 0.25, "plus": 0.125} for kind in evaluate.TEXTS}
     (package / "evaluate.py").write_text("raise SystemExit('no network')")
     result = standing_in(*flags, "--allow_code_execution")[1]["tasks"]["humaneval"]
-    assert result["evalplus"] == "failed: no network"
+    assert result["evalplus"]["response"] == "failed: no network"
 
 
 @pytest.mark.parametrize(
@@ -458,7 +439,7 @@ def test_evalplus_is_asked_where_it_is_installed(standing_in, files, tmp_path, m
     [
         (["--task", "gsm8k", "--data_dir", "nowhere"], "nowhere/gsm8k_test.jsonl: no such file"),
         (["--task", "gsm8k", "--data", "gsm8k=nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["--task", "toy", "--output_dir", "/proc/nowhere"], "--output_dir /proc/nowhere: cannot write there"),
+        (["--task", "toy", "--output_dir", "/proc/nowhere"], "/proc/nowhere/toy.rank0.jsonl: cannot be written"),
         (["--task", "toy", "--path", "/nowhere"], "/nowhere: no such directory"),
     ],
 )
@@ -477,7 +458,7 @@ def test_data_goes_to_a_task_that_reads_it(data, capsys):
 
 
 def test_a_missing_judge_is_found_before_the_model(monkeypatch, files, tmp_path):
-    monkeypatch.setitem(evaluate.TASKS, "math500", evaluate.replace(evaluate.TASKS["math500"], package="no_such"))
+    monkeypatch.setitem(evaluate.TASKS, "math500", replace(evaluate.TASKS["math500"], package="no_such"))
     with pytest.raises(ValueError, match="--task math500 needs no_such to judge answers: pip install no_such"):
         evaluate.main(["--path", str(tmp_path), "--task", "math500", "--data_dir", str(tmp_path)])
 
@@ -498,7 +479,9 @@ def test_any_method_is_asked_in_the_same_way(monkeypatch):
     settings, answer = evaluate.prepare(model, tokenizer, args, "toy", samples)
     assert (settings["init_num"], settings["temperature"], settings["top_k"]) == (24, 0.0, 7)
     prompt = samples[2].messages[0]["content"]
-    assert answer(samples)[2] == {"response": prompt, "tokens": 7, "draft": prompt.split()[0], "leaps": 2}
+    assert answer(samples)[2] == {
+        "response": prompt, "tokens": 7, "draft": prompt.split()[0], "passes": {"leaps": 2},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["medlm", "editflow"])
@@ -513,8 +496,8 @@ def test_real_models_of_both_methods(method, tmp_path, capsys):
     assert len(rows) == 2
     for line in rows:
         assert line["prompt"] in toy.prompts("test")
-        assert (line["draft"] is None) == ("draft_right" not in line) == (method == "editflow")
-        assert line["mask_passes" if method == "medlm" else "steps"] == 2
+        assert (line["draft"] is None) == ("draft right" not in line["verdicts"]) == (method == "editflow")
+        assert line["passes"]["mask_passes" if method == "medlm" else "steps"] == 2
     out = capsys.readouterr().out
     assert f"{rows[0]['prompt']}  ->  {rows[0]['response']}" in out
     assert ("draft right" in out) == ("mask passes" in out) == (method == "medlm")
@@ -532,8 +515,8 @@ def test_repairs_start_from_the_corrupted_responses_and_both_are_judged(tmp_path
     evaluate.main([*flags, "--output_dir", str(tmp_path / "out")])
     rows = [json.loads(line) for line in (tmp_path / "out/toy-repair.jsonl").read_text().splitlines()]
     assert [row["response"] for row in rows] == [row["draft"] for row in rows]
-    assert [row["valid"] for row in rows] == [row["draft_valid"] for row in rows]
-    assert not all(row["draft_valid"] for row in rows)
+    assert [row["verdicts"]["response valid"] for row in rows] == [row["verdicts"]["draft valid"] for row in rows]
+    assert not all(row["verdicts"]["draft valid"] for row in rows)
 
 
 RANK = """

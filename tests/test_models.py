@@ -170,12 +170,10 @@ def family(request, tmp_path_factory):
 
     config = checkpoints.read_config(directory)
     backbone = models.backbone(config)
-    files = checkpoints.tensor_files(directory)
+    have = checkpoints.find_tensors(directory)
     names = {name: checkpoints.disk_name(config.model_type, f"model.{name}") for name in backbone.state_dict()}
-    backbone.load_state_dict(
-        {n: checkpoints.read_tensor(files[names[n]], names[n], p.shape) for n, p in backbone.state_dict().items()}
-    )
-    unread = set(files) - set(names.values())
+    backbone.load_state_dict({name: have[on_disk].read() for name, on_disk in names.items()})
+    unread = set(have) - set(names.values())
     assert unread <= {"lm_head.weight", "decoder.bias", "cls.predictions.bias", "lm_head.bias"}, "nothing left over"
     return theirs, backbone
 

@@ -21,9 +21,8 @@ KINDS = {
 }
 MODES = {
     "ddp": "--parallel ddp",
-    "zero1": "--parallel zero1",
     "fsdp": "--parallel fsdp",
-    "zero2": "--parallel fsdp --reshard_after_forward False",
+    "zero1": "--parallel zero1",  # the same as fsdp with --reshard_after_forward False
 }
 
 
@@ -39,17 +38,16 @@ def same(a: list[dict], b: list[dict], tolerance=1e-4) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_1_2_and_4_processes_have_the_same_losses(kind, tmp_path):
-    flags = f"{TOY} {KINDS[kind]} --max_steps 20 --eval_steps 10 --per_device_eval_batch_size 3"
+    flags = f"{TOY} {KINDS[kind]} --max_steps 12 --eval_steps 6 --per_device_eval_batch_size 3"
     run(f"{flags} --gradient_accumulation_steps 4", tmp_path / "one")
     expected = metrics(tmp_path / "one")
-    assert len(expected) == 22
-    for mode, more in MODES.items():
-        for world in (2, 4):
-            out = tmp_path / f"{mode}{world}"
-            run(f"{flags} {more} --gradient_accumulation_steps {4 // world}", out, world)
-            same(metrics(out), expected)
-            a, b = (load_file(path / "checkpoint-final/model.safetensors") for path in (out, tmp_path / "one"))
-            assert max((a[k] - b[k]).abs().max() for k in b) < 1e-3
+    assert len(expected) == 14
+    for mode, world in (("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("zero1", 4)):
+        out = tmp_path / f"{mode}{world}"
+        run(f"{flags} {MODES[mode]} --gradient_accumulation_steps {4 // world}", out, world)
+        same(metrics(out), expected)
+        a, b = (load_file(path / "checkpoint-final/model.safetensors") for path in (out, tmp_path / "one"))
+        assert max((a[k] - b[k]).abs().max() for k in b) < 1e-3
 
 
 @pytest.mark.slow
@@ -82,7 +80,7 @@ def test_bf16_in_every_mode(kind, tmp_path):
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     flags = f"{TOY} {KINDS['rollout']} --max_steps 12 --save_steps 6 --logging_steps 4 --save_total_limit 9"
     run(f"{flags} --parallel zero1 --gradient_accumulation_steps 2", tmp_path / "two", 2)
-    for world, mode in ((1, "ddp"), (4, "fsdp"), (4, "zero1")):
+    for world, mode in ((1, "ddp"), (4, "fsdp")):
         out = tmp_path / f"{mode}{world}"
         shutil.copytree(tmp_path / "two", out)
         shutil.rmtree(out / "checkpoint-final")
