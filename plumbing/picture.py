@@ -5,7 +5,7 @@
     trace.finish(prompt + samples[0].response).save("decode.json")
     write_gif(trace, "decode.gif")  # later: python -m plumbing.picture show|gif|html decode.json
 
-recording  per step, one sequence of the batch as it was, and the edits about to be made
+recording  per step, the first sequence of the batch as it was, and the edits about to be made
 frames     frame k is the sequence after k steps; every token is marked by how it got there, kept, inserted (+) or
            substituted (~), and by whether it is about to be deleted (-); a last frame shows what came of it
 lines      a frame as lines of text, for the terminal and the GIF
@@ -38,6 +38,8 @@ from plumbing import cli
 from ragged import DEL, GAP, KEEP, SUB, Ragged
 
 INSERTED, SUBSTITUTED, DELETED = "+", "~", "-"
+LEGEND = {INSERTED: "inserted", SUBSTITUTED: "substituted", DELETED: "to be deleted"}
+BLOCKS = {"mask": " ░░", "pad": " ·"}  # what stands for these tokens
 
 # ---- recording -------------------------------------------------------------------------------------------------------
 
@@ -50,11 +52,9 @@ class State(NamedTuple):
     ids: list[int]
     text: list[str]  # one string per token
     edits: list[list[int]]  # [position, op, sub_token, ins_token] where there is something to do
+    # What is above goes into a file; this follows from it:
     uids: list[object]  # the identity of every token
     total: tuple[int, ...]  # tokens inserted, substituted, deleted by all steps before
-
-
-SAVED = State._fields[:5]  # what a file holds; the others follow from these
 
 
 @dataclass
@@ -108,7 +108,8 @@ class Trace:
         """Writes a finished trace as JSON. Raises OSError."""
         *states, final = self.states
         record = dict(format="nanoedit trace", prompt_len=self.prompt_len, mask_id=self.mask_id, pad_id=self.pad_id)
-        record |= dict(steps=[dict(zip(SAVED, state)) for state in states], final=(final.ids, final.text))
+        record["steps"] = [dict(zip(State._fields[:5], state)) for state in states]
+        record["final"] = final.ids, final.text
         Path(path).write_text(json.dumps(record), encoding="utf-8")
 
     @staticmethod
@@ -118,9 +119,8 @@ class Trace:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             trace = Trace(record["prompt_len"], None, record["mask_id"], record["pad_id"])
             for step in record["steps"]:
-                trace._add(*(step[name] for name in SAVED))
+                trace._add(**step)
             trace._add(1.0, "", *record["final"], [])
-            frames(trace)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path}: not a trace written by nanoEdit ({type(error).__name__}: {error})") from error
         return trace
@@ -141,8 +141,6 @@ def _apply(state: State) -> tuple[list[int], list[object]]:
 
 
 # ---- frames ----------------------------------------------------------------------------------------------------------
-
-BLOCKS = {"mask": " ░░", "pad": " ·"}  # what stands for these tokens
 
 
 class Cell(NamedTuple):
@@ -253,18 +251,14 @@ def view(lines: list[list[Cell]], rows: int) -> list[list[Cell]]:
     return lines[start : start + rows]
 
 
-LEGEND = (Cell("inserted", mark=INSERTED), Cell("substituted", mark=SUBSTITUTED), Cell("to be deleted", mark=DELETED))
-
-
 def layout(frame: Frame, width: int, height: int) -> list[list[Cell]]:
     """A frame as lines: progress, the legend with the number of edits, the text."""
-    step = f"  step {frame.step}"
-    space = max(0, width - len(frame.phase) - len(step) - 2)
+    space = max(0, width - len(f"{frame.phase}    step {frame.step}"))
     full = round(space * frame.t)
-    head = [Cell(f"{frame.phase}  {'━' * full}"), Cell("─" * (space - full) + step, "dim")]
+    head = [Cell(f"{frame.phase}  {'━' * full}"), Cell(f"{'─' * (space - full)}  step {frame.step}", "dim")]
     legend = []
-    for cell, total in zip(LEGEND, frame.total):
-        legend += [cell, Cell(f" {total}   ")]
+    for (mark, name), total in zip(LEGEND.items(), frame.total):
+        legend += [Cell(name, mark=mark), Cell(f" {total}   ")]
     lines = [wrap(head, width)[0], *wrap(legend, width), []]
     rows = max(1, height - len(lines))
     if frame.draft is None:
@@ -280,6 +274,20 @@ BRACKETS = {INSERTED: ("{+", "+}"), SUBSTITUTED: ("{~", "~}"), DELETED: ("[-", "
 # Bold underline, reverse, strike-through: told apart without their colours, which NO_COLOR removes.
 STYLES = {INSERTED: ("1;4", ";32"), SUBSTITUTED: ("7", ";33"), DELETED: ("9", ";31")}
 ASCII = str.maketrans("░━─·¶", "_=-.$")  # for files that cannot hold the others
+
+U = 2  # pixels per unit of length: text stays crisp on dense screens
+SIZE, ROW, MARGIN = 15 * U, 26 * U, 28 * U
+WIDTH, ROWS = 69, 22  # of a frame, in letters and lines
+PAPER = "#FFFFFF"
+# Of a mark, of its text, and behind it; the marks' colours are Okabe and Ito's, made for colour-blind readers.
+COLORS = {
+    INSERTED: ("#009E73", "#005C43", "#D5F0E4"),
+    SUBSTITUTED: ("#0072B2", "#004F7C", "#DCEAF7"),
+    DELETED: ("#D55E00", "#A84300", "#FDE6D8"),
+    "text": (PAPER, "#1F2328", PAPER),
+    "mask": (PAPER, "#D8DEE4", "#D8DEE4"),
+}
+FONTS = ("DejaVuSansMono", "Menlo", "consola", "LiberationMono-Regular")  # found in the system's font folders
 
 
 def show(trace: Trace, file=None, delay: float = 0.1, limit: int = 8) -> None:
@@ -304,44 +312,27 @@ class Screen:
         lines = [*layout(frame, max(2, min(100, size.columns)), space - 1), []][:space]
         if self.is_terminal and self.height:
             self.file.write(f"\x1b[{self.height}F\x1b[J")
+        encoding = self.file.encoding or "utf-8"
         for line in lines:
-            self.file.write(self._marked(line).rstrip() + "\n")
+            text = ""
+            for (before, after), run in groupby(line, key=self._around):
+                words = "".join(cell.text for cell in run)
+                start = len(words) - len(words.lstrip(" ") or words)  # marks begin at the word, not at its space
+                text += words[:start] + before + words[start:] + after
+            if text.encode(encoding, "replace").decode(encoding) != text:
+                text = text.translate(ASCII).encode(encoding, "replace").decode(encoding)
+            self.file.write(text.rstrip() + "\n")
         self.file.flush()
         self.height = len(lines)
 
-    def _marked(self, line: list[Cell]) -> str:
-        """A line with escape codes, or brackets as in a word diff, around runs of one kind of edit."""
-        text, encoding = "", self.file.encoding or "utf-8"
-        for (before, after), run in groupby(line, key=self._around):
-            words = "".join(cell.text for cell in run)
-            start = len(words) - len(words.lstrip(" ") or words)  # marks begin at the word, not at its space
-            text += words[:start] + before + words[start:] + after
-        if text.encode(encoding, "replace").decode(encoding) != text:
-            text = text.translate(ASCII).encode(encoding, "replace").decode(encoding)
-        return text
-
     def _around(self, cell: Cell) -> tuple[str, str]:
+        """Escape codes, or brackets as in a word diff, before and after a run of one kind of edit."""
         if not self.is_terminal:
             return BRACKETS[cell.mark[-1:]]
         color = not os.environ.get("NO_COLOR")
         codes = ";".join(style + ink * color for style, ink in map(STYLES.get, cell.mark))
         codes = codes or "2" * (cell.kind != "text")  # dim
         return (f"\x1b[{codes}m", "\x1b[0m") if codes else ("", "")
-
-
-U = 2  # pixels per unit of length: text stays crisp on dense screens
-SIZE, ROW, MARGIN = 15 * U, 26 * U, 28 * U
-WIDTH, ROWS = 69, 22  # of a frame, in letters and lines
-PAPER, DIM = "#FFFFFF", "#818B98"
-# Of a mark, of its text, and behind it; the marks' colours are Okabe and Ito's, made for colour-blind readers.
-COLORS = {
-    INSERTED: ("#009E73", "#005C43", "#D5F0E4"),
-    SUBSTITUTED: ("#0072B2", "#004F7C", "#DCEAF7"),
-    DELETED: ("#D55E00", "#A84300", "#FDE6D8"),
-    "text": (PAPER, "#1F2328", PAPER),
-    "mask": (PAPER, "#D8DEE4", "#D8DEE4"),
-}
-FONTS = ("DejaVuSansMono", "Menlo", "consola", "LiberationMono-Regular")  # found in the system's font folders
 
 
 def font() -> ImageFont.FreeTypeFont:
@@ -353,37 +344,31 @@ def font() -> ImageFont.FreeTypeFont:
 
 
 def write_gif(trace: Trace, path, title: str = "nanoEdit", max_frames: int = 120) -> None:
-    """Draws a decode as an animated GIF of what a terminal shows, at most `max_frames` frames. Raises OSError.
-
-    Steps without a change are left out. The last frame, held for 3 seconds, is the `outcome`.
-    """
+    """Draws a decode as an animated GIF of what a terminal shows, without steps that change nothing; the last frame is
+    held for 3 seconds. Raises OSError."""
     pages = [layout(frame, WIDTH, ROWS) for frame in [*frames(trace, max_frames - 1), outcome(trace)]]
     letters = font()
     size = round(WIDTH * letters.getlength("m")) + 2 * MARGIN, (max(map(len, pages)) + 1) * ROW + 2 * MARGIN
     images = []
     for page in pages:
-        images.append(Image.new("RGB", size, PAPER))
+        images.append(Image.new("P", size, PAPER))
         draw = ImageDraw.Draw(images[-1])
         draw.font = letters
         for n, line in enumerate([[Cell(printable(title))], *page]):
             x = MARGIN
             for cell in line:
                 x = draw_cell(draw, x, MARGIN + n * ROW, cell)
-    # One palette for all frames, so that only what changes is stored; all colours are in the legend and the first text.
-    palette = images[0].quantize(method=Image.Quantize.FASTOCTREE)
-    images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     durations = [min(600, 12000 // len(images))] * (len(images) - 1) + [3000]
     images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0, disposal=1)
 
 
 def draw_cell(draw: ImageDraw.ImageDraw, x: float, y: float, cell: Cell) -> float:
-    """A token in the row that starts at y; returns where it ends. Underline, dots and strike carry the meaning of a
-    mark, colours repeat it."""
+    """A token in the row that starts at y; returns where it ends. Lines say what a mark says, colours repeat it."""
     word = cell.text.lstrip(" ") or cell.text
     x += draw.textlength(" ") * (len(cell.text) - len(word))
     end = x + draw.textlength(word)
-    _, ink, fill = COLORS.get(cell.mark[-1:] or cell.kind, (PAPER, DIM, PAPER))
-    draw.rectangle((x, y + 2 * U, end - 1, y + 24 * U), fill)
+    _, ink, fill = COLORS.get(cell.mark[-1:] or cell.kind, (PAPER, "#818B98", PAPER))
+    draw.rectangle((x, y + 2 * U, end, y + 24 * U), fill)
     draw.text((x, y + 18 * U), word, ink, anchor="ls")
     for mark in cell.mark:
         top = y + (13 if mark == DELETED else 22) * U
@@ -393,17 +378,12 @@ def draw_cell(draw: ImageDraw.ImageDraw, x: float, y: float, cell: Cell) -> floa
     return end
 
 
-PAGE = Path(__file__).with_suffix(".html")  # the page, with {{title}} and {{data}} where these go
-
-
 def write_html(trace: Trace, path, title: str = "nanoEdit", max_frames: int = 1000) -> None:
-    """Writes a decode as one HTML file that needs nothing else: a slider, a play button, arrow keys. Raises OSError.
-
-    The frames are chosen as in `write_gif`. All text of the model is data, set with `textContent`, never markup.
-    """
+    """Writes a decode as one HTML file that needs nothing else: a slider, a play button, arrow keys. All text of the
+    model is data, set with `textContent`, never markup. Raises OSError."""
     shown = [frame._asdict() for frame in [*frames(trace, max_frames - 1), outcome(trace)]]
     data = json.dumps(shown, separators=(",", ":")).replace("<", "\\u003c")  # so nothing can end the script element
-    head, tail = PAGE.read_text(encoding="utf-8").split("{{data}}")
+    head, tail = Path(__file__).with_suffix(".html").read_text(encoding="utf-8").split("{{data}}")
     Path(path).write_text(head.replace("{{title}}", html.escape(title)) + data + tail, encoding="utf-8")
 
 
@@ -416,10 +396,9 @@ def main(argv=None) -> None:
     args = f.parse_args(argv)
     trace = Trace.load(args.trace)
     if args.what == "show":
-        show(trace)
-    else:
-        write = {"gif": write_gif, "html": write_html}[args.what]
-        write(trace, args.output or f"decode_trace.{args.what}", args.title)
+        return show(trace)
+    write = {"gif": write_gif, "html": write_html}[args.what]
+    write(trace, args.output or f"decode_trace.{args.what}", args.title)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,8 @@
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
-
-import numpy as np
 
 try:
     from matplotlib import pyplot
@@ -21,45 +18,30 @@ pyplot.style.use(["petroff10", {"font.size": 13, "axes.grid": True, "grid.alpha"
 FIGURE = {"figsize": (7.6, 4.6), "dpi": 200, "layout": "constrained"}
 
 
-def read_losses(run: Path) -> dict[str, np.ndarray]:
-    """metrics.jsonl to {name: [N, 2] of steps and finite losses}, without a last line that is still being written.
-    Raises OSError, or ValueError naming the file."""
-    file = run / "metrics.jsonl" if run.is_dir() else run
-    losses, lines = {}, file.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            for name in record:
-                if name.startswith(("loss", "eval_loss")) and math.isfinite(record[name]):
-                    losses.setdefault(name, {})[record["step"]] = record[name]
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):
-                raise ValueError(f"{file}, line {number}: expected a JSON object with a step and numbers") from None
-    if not losses:
-        raise ValueError(f"{file}: no loss in it yet")
-    return {name: np.array(sorted(curve.items())) for name, curve in losses.items()}
+def read_losses(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """metrics.jsonl to the steps and values of every loss, without a line that is still being written."""
+    losses = {}
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
+        record = json.loads(line)
+        for name, value in record.items():
+            if name.startswith(("loss", "eval_loss")):
+                losses.setdefault(name, []).append((record["step"], value))
+    return losses
 
 
 def plot_losses(runs: list[Path], output) -> None:
-    """Of one run all losses, of several the total and the evaluation loss. Pale: as measured; lines: the mean over a
-    fortieth of the run; points: evaluations. Raises OSError, or ValueError naming the file."""
+    """Of one run all losses, of several the total: lines as logged, each a mean of --logging_steps steps, and points
+    for evaluations. Raises OSError."""
     figure, axes = pyplot.subplots(**FIGURE)
     colors = {}
     for run in runs:
         for name, curve in read_losses(run).items():
-            if len(runs) > 1 and name not in ("loss", "eval_loss"):
-                continue
-            steps, values = curve.T
-            label = name if len(runs) == 1 else f"{run.resolve().name} {name}"
-            color = colors.setdefault((run, name.removeprefix("eval_")), f"C{len(colors)}")
-            if name.startswith("eval_"):
-                axes.plot(steps, values, "o", color=color, label=label)
-            else:
-                near = np.ones(2 * (len(values) // 80) + 1)
-                smooth = np.convolve(values, near, "same") / np.convolve(np.ones(len(values)), near, "same")
-                axes.plot(steps, values, color=color, alpha=0.25)
-                axes.plot(steps, smooth, color=color, label=label)
-    axes.set(title="Losses" if len(runs) > 1 else runs[0].resolve().name, xlabel="step", ylabel="loss")
+            part = name.removeprefix("eval_")
+            if len(runs) == 1 or part == "loss":
+                color = colors.setdefault((run, part), f"C{len(colors)}")
+                style = "-" if name == part else "o"
+                axes.plot(*zip(*curve), style, color=color, label=f"{run.resolve().name} {name}")
+    axes.set(xlabel="step", ylabel="loss")
     axes.legend()
     figure.savefig(output)
 

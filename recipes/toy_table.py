@@ -8,10 +8,10 @@ edits, after S - E mask passes: a quarter, as the paper does (48 + 16), but two 
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -36,35 +36,26 @@ def split(stage: str, passes: int) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def measure(checkpoint: Path) -> dict[int, tuple[float, float]]:
-    """S -> (share of answers right, share of responses valid) on all held-out prompts. Kept in the checkpoint's folder,
-    so that it goes when the checkpoint goes."""
+def measure(checkpoint: Path) -> np.ndarray:
+    """[PASSES, 2]: percent of answers right and of responses valid on all held-out prompts. Kept in the checkpoint's
+    folder, so that it goes when the checkpoint goes; delete passes.json to measure anew."""
     directory = checkpoints.local_path(str(checkpoint))
-    kept, settings = directory / "passes.json", [MASKS, *(split(checkpoint.name, p) for p in PASSES)]
-    if kept.is_file() and (found := json.loads(kept.read_text()))["settings"] == json.loads(json.dumps(settings)):
-        return {int(s): tuple(v) for s, v in found["result"].items()}
-    model, tokenizer = checkpoints.load(str(directory)).eval(), load_tokenizer(directory)
-    questions = toy.prompts("test")
-    prompts = [data.encode_prompt([{"role": "user", "content": q}], tokenizer) for q in questions]
-    result = {}
-    for passes in tqdm(PASSES, desc=str(checkpoint), leave=False):
-        masks, edits = split(checkpoint.name, passes)
-        decoded = medlm.decode(
-            model, prompts, methods.special_tokens(medlm, tokenizer),
-            init_num=MASKS, mask_diffusion_step=masks, edit_diffusion_step=edits,
-        )  # fmt: skip
-        checks = [toy.check(q, tokenizer.decode(d.response)) for q, d in zip(questions, decoded)]
-        result[passes] = tuple(sum(column) / len(checks) for column in zip(*checks))
-    kept.write_text(json.dumps({"settings": settings, "result": result}))
-    return result
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean over the seeds and its standard error; with one seed the error is that of 304 prompts."""
-    n, mean = len(values), sum(values) / len(values)
-    if n == 1:
-        return mean, math.sqrt(mean * (1 - mean) / len(toy.prompts("test")))
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    kept = directory / "passes.json"
+    if not kept.is_file():
+        model, tokenizer = checkpoints.load(str(directory)).eval(), load_tokenizer(directory)
+        questions = toy.prompts("test")
+        prompts = [data.encode_prompt([{"role": "user", "content": q}], tokenizer) for q in questions]
+        result = {}
+        for passes in tqdm(PASSES, desc=str(checkpoint), leave=False):
+            masks, edits = split(checkpoint.name, passes)
+            decoded = medlm.decode(
+                model, prompts, methods.special_tokens(medlm, tokenizer),
+                init_num=MASKS, mask_diffusion_step=masks, edit_diffusion_step=edits,
+            )  # fmt: skip
+            checks = [toy.check(q, tokenizer.decode(d.response)) for q, d in zip(questions, decoded)]
+            result[passes] = np.mean(checks, axis=0).tolist()
+        kept.write_text(json.dumps({"result": result}))
+    return 100 * np.array(list(json.loads(kept.read_text())["result"].values()))
 
 
 def main():
@@ -75,17 +66,21 @@ def main():
     seeds = sorted(d for d in args.runs.glob("seed*") if all((d / s / "checkpoint-final").is_dir() for s in STAGES))
     if not seeds:
         sys.exit(f"{args.runs}: no finished seed; run recipes/toy_medlm.sh 1 first")
-    measured = {stage: [measure(seed / stage) for seed in seeds] for stage in STAGES}
-    curves = {}
+    measured = {stage: np.stack([measure(seed / stage) for seed in seeds]) for stage in STAGES}
+    curves, count = {}, len(toy.prompts("test"))
     for what, name in enumerate(("answers right", "responses valid")):
-        print(f"\n{name}, {len(seeds)} seeds, {len(toy.prompts('test'))} held-out prompts, percent")
+        print(f"\n{name}, {len(seeds)} seeds, {count} held-out prompts, percent")
         print("passes " + "".join(f"{p:>12}" for p in PASSES))
         for stage in STAGES:
-            points = [mean_and_error([run[p][what] for run in measured[stage]]) for p in PASSES]
-            print(f"{stage:7}" + "".join(f"{100 * m:7.1f} ±{100 * e:4.1f}" for m, e in points))
-            curves[f"{stage}, {name}"] = [[100 * value for value in column] for column in zip(*points)]
-        gains = [min(a[p][what] - b[p][what] for a, b in zip(measured["stage3"], measured["matched"])) for p in PASSES]
-        print("worst  " + "".join(f"{100 * g:+12.1f}" for g in gains) + "   stage3 - matched, worst seed")
+            values = measured[stage][:, :, what]  # [seeds, PASSES]
+            mean = values.mean(0)
+            error = np.sqrt(mean * (100 - mean) / count)  # with one seed, that of so many prompts
+            if len(seeds) > 1:
+                error = values.std(0, ddof=1) / np.sqrt(len(seeds))
+            print(f"{stage:7}" + "".join(f"{m:7.1f} ±{e:4.1f}" for m, e in zip(mean, error)))
+            curves[f"{stage}, {name}"] = mean, error
+        gains = (measured["stage3"] - measured["matched"])[:, :, what].min(0)
+        print("worst  " + "".join(f"{g:+12.1f}" for g in gains) + "   stage3 - matched, worst seed")
     title = "Toy task: the same number of passes, with and without edits"
     plot_means(curves, PASSES, args.plot, title=title, xlabel="passes", ylabel="percent")
     print(f"\nplot in {args.plot}")

@@ -19,7 +19,7 @@ from plumbing import picture
 from plumbing.picture import DELETED, INSERTED, SUBSTITUTED, Cell, Trace, frames, outcome, show, write_gif, write_html
 from ragged import DEL, GAP, KEEP, SUB, Ragged, apply_edits
 
-WORDS = ["<bos>", "<mask>", "<pad>", " the", " cat", "s", ".", "\n", " sat", "  ", "é"]
+WORDS = ["<bos>", "<mask>", "<pad>", " the", " cat", "s", ".", "\n", " sat", "  ", "é", " 中文字"]
 
 
 def pieces(ids):
@@ -201,6 +201,10 @@ def test_a_file_that_is_no_trace_is_named(tmp_path, text):
 # ---- lines and terminal ----------------------------------------------------------------------------------------------
 
 
+def test_wide_letters_take_two_columns_and_accents_none():
+    assert [picture.columns(text) for text in ("ab ", "中文", "e\u0301")] == [3, 4, 1]
+
+
 @given(st.lists(st.text("ab \nWé中\u0301", max_size=9), max_size=8), st.integers(4, 12))
 @settings(max_examples=200, deadline=None)
 def test_wrapped_lines_fit_and_lose_nothing_but_spaces_at_breaks(texts, width):
@@ -256,12 +260,12 @@ def test_a_terminal_is_redrawn_in_place_and_no_color_keeps_the_marks(monkeypatch
     assert not re.search(r"\x1b\[[\d;]*3\dm", plain.getvalue())
 
 
-@pytest.mark.parametrize(("width", "height"), [(80, 24), (20, 10), (3, 6), (200, 3)])
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (40, 12), (20, 10), (3, 6), (200, 3)])
 def test_a_frame_takes_as_many_rows_as_are_redrawn_whatever_the_size_of_the_terminal(monkeypatch, width, height):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("LINES", str(height))
-    steps = [{k: (SUB, 4, 8 if k % 3 else 7)} for k in range(1, 60)]
+    steps = [{k: (SUB, 4, 11 if k % 3 else 7)} for k in range(1, 60)]
     file = Tty()
     show(record([0] + [1] * 100, steps)[0], file, delay=0)
     drawn = re.split(r"\x1b\[(\d+)F\x1b\[J", file.getvalue())
@@ -314,8 +318,7 @@ def test_a_gif_has_a_frame_per_change_and_holds_the_last_one(tmp_path):
     assert all(grey.shape == size[::-1] for _, grey in shown)
     with Image.open(tmp_path / "a.gif") as image:  # paper and the three marks, as in the legend, in their own colours
         colors = {color for _, color in image.convert("RGB").getcolors(1 << 20)}
-    for wanted in map(ImageColor.getrgb, {*sum(picture.COLORS.values(), ())}):
-        assert min(max(abs(a - b) for a, b in zip(wanted, color)) for color in colors) <= 2
+    assert {ImageColor.getrgb(c) for c in sum(picture.COLORS.values(), ())} <= colors
     write_gif(Trace(1, pieces).finish([0, 3]), tmp_path / "none.gif")
     assert len(gif_frames(tmp_path / "none.gif")[1]) == 1
     write_gif(two_phases(), tmp_path / "b.gif")
@@ -353,13 +356,14 @@ def test_marks_can_be_told_apart_in_grey():
     assert profiles[DELETED][under].max() == profiles[""][under].max() == 0
 
 
-def test_a_gif_is_drawn_with_any_font_and_any_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(picture, "FONTS", [])
-    texts = ["<bos>", "中文 😀", "", "\n\n", "x" * 300, "\x1b[31m", "\ud800", " \t "]
+@pytest.mark.parametrize("fonts", [picture.FONTS, ()])
+def test_a_gif_is_drawn_with_any_font_and_any_text(tmp_path, monkeypatch, fonts):
+    monkeypatch.setattr(picture, "FONTS", fonts)
+    texts = ["<bos>", "中文 😀", "", "\n\n", "x" * 300, "\x1b[31m", "\ud800", " \t ", "\u200d"]
     trace = Trace(1, lambda ids: [texts[i] for i in ids])
     trace.on_step(0.0, Ragged.pack([[0]]), *tensors({0: (KEEP, GAP, 1)}, 1))
     trace.on_step(0.5, Ragged.pack([[0, 1]]), *tensors({1: (DEL, GAP, 4)}, 2))
-    trace.finish([0, 1, 2, 3, 4, 5, 6, 7])
+    trace.finish([0, 1, 2, 3, 4, 5, 6, 7, 3, 8])
     write_gif(trace, tmp_path / "a.gif", title="中 “title”")
     assert len(gif_frames(tmp_path / "a.gif")[1]) == 4
 
@@ -410,15 +414,10 @@ def write_metrics(folder: Path, values, tail=""):
 
 
 def test_metrics_are_read_up_to_a_half_written_line(tmp_path, plot):
-    run = write_metrics(tmp_path / "run", [3.0, float("nan"), 2.0], '{"step": 40, "lo')
-    losses = plot.read_losses(run)
-    assert {name: curve.tolist() for name, curve in losses.items()} == {
-        "loss": [[0, 3.0], [20, 2.0]], "loss_sub": [[0, 1.5], [20, 1.0]], "eval_loss": [[30, 1.5]],
+    run = write_metrics(tmp_path / "run", [3.0, 2.0], '{"step": 40, "lo')
+    assert plot.read_losses(run) == {
+        "loss": [(0, 3.0), (10, 2.0)], "loss_sub": [(0, 1.5), (10, 1.0)], "eval_loss": [(30, 1.5)],
     }  # fmt: skip
-    for text, says in (('{"step": 1, "loss": 2}\n{"ste\n{"step": 2}', "line 2: expected"), ('{"step": 1}', "no loss")):
-        (run / "metrics.jsonl").write_text(text)
-        with pytest.raises(ValueError, match=rf"metrics\.jsonl.*{says}"):
-            plot.read_losses(run)
     command = [sys.executable, "recipes/plot.py", str(tmp_path / "none"), "-o", str(tmp_path / "a.png")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
