@@ -175,15 +175,3 @@ def script_in_python(noisy: list, clean: list) -> list[int]:
         i += op != INS
         j += op != DEL
     return script
-
-
-def labels_in_python(noisy: list, clean: list, script, del_id: int, eos_id: int, ignore_id: int = -100):
-    """`edit_labels` from a script, column by column: what the tests hold `edit_labels_batch` to."""
-    right, j = [*clean, eos_id], 0  # right[j] comes next
-    token_target, insert_target = [], [right[0]]
-    for op in script:
-        j += op != DEL
-        if op != INS:
-            token_target.append(del_id if op == DEL else right[j - 1])
-            insert_target.append(ignore_id if op == DEL else right[j])
-    return token_target, insert_target

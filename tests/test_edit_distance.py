@@ -27,7 +27,6 @@ from edit_distance import (
     edit_labels_batch,
     edit_script,
     edit_scripts,
-    labels_in_python,
     script_in_python,
 )
 
@@ -35,6 +34,18 @@ ROOT = Path(edit_distance.__file__).parent
 DEL_ID, EOS_ID = 1001, 1002
 BORDERS = [0, 1, 2, 63, 64, 65, 127, 128, 129]  # a machine word holds 64 rows of the table
 INT32 = st.integers(-(2**31), 2**31 - 1)
+
+
+def labels_in_python(noisy: list, clean: list, script, del_id: int, eos_id: int, ignore_id: int = -100):
+    """`edit_labels` from a script, column by column."""
+    right, j = [*clean, eos_id], 0  # right[j] comes next
+    token_target, insert_target = [], [right[0]]
+    for op in script:
+        j += op != DEL
+        if op != INS:
+            token_target.append(del_id if op == DEL else right[j - 1])
+            insert_target.append(ignore_id if op == DEL else right[j])
+    return token_target, insert_target
 
 
 @st.composite
