@@ -314,8 +314,9 @@ def train(args, ranks: Ranks) -> int:
                 rng, shared_rng = generators(args.seed, step, m * ranks.world + ranks.rank)
                 with run.autocast, model.inference():
                     batch = model(method.prepare, examples, run.settings, step / run.steps, rng, shared_rng)
-                with run.autocast, model.micro_batch(last=m == len(batches) - 1):
-                    loss, parts = model(method.loss, batch.to(ranks.device))
+                with model.micro_batch(last=m == len(batches) - 1):
+                    with run.autocast:
+                        loss, parts = model(method.loss, batch.to(ranks.device))
                     (loss / len(batches)).backward()  # the mean over them; that over processes is the model's work
                 log.collect(loss, parts, examples)
             norm = model.clip_gradients(args.max_grad_norm)
