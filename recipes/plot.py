@@ -19,19 +19,22 @@ FIGURE = {"figsize": (7.6, 4.6), "dpi": 200, "layout": "constrained"}
 
 
 def read_losses(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """metrics.jsonl to the steps and values of every loss, without a line that is still being written."""
+    """metrics.jsonl to the steps and values of every loss, without a line that is still being written.
+    Raises OSError, or ValueError if there is none yet."""
     losses = {}
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
         record = json.loads(line)
         for name, value in record.items():
             if name.startswith(("loss", "eval_loss")):
                 losses.setdefault(name, []).append((record["step"], value))
+    if not losses:
+        raise ValueError(f"{run}/metrics.jsonl: no loss in it yet")
     return losses
 
 
 def plot_losses(runs: list[Path], output) -> None:
     """Of one run all losses, of several the total: lines as logged, each a mean of --logging_steps steps, and points
-    for evaluations. Raises OSError."""
+    for evaluations. Raises OSError, ValueError."""
     figure, axes = pyplot.subplots(**FIGURE)
     colors = {}
     for run in runs:

@@ -418,6 +418,9 @@ def test_metrics_are_read_up_to_a_half_written_line(tmp_path, plot):
     assert plot.read_losses(run) == {
         "loss": [(0, 3.0), (10, 2.0)], "loss_sub": [(0, 1.5), (10, 1.0)], "eval_loss": [(30, 1.5)],
     }  # fmt: skip
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: no loss"):
+        plot.read_losses(run)
     command = [sys.executable, "recipes/plot.py", str(tmp_path / "none"), "-o", str(tmp_path / "a.png")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
