@@ -470,7 +470,7 @@ def test_any_method_is_asked_in_the_same_way(monkeypatch):
         texts = [ids[1:] for ids in prompts]
         return [Generated(ids, ids, {"leaps": seed}, draft=ids[:1]) for ids, seed in zip(texts, seeds)]
 
-    method = SimpleNamespace(TOKENS=(), room=lambda settings: settings.init_num, generate=generate)
+    method = SimpleNamespace(TOKENS=(), start_length=lambda settings: settings.init_num, generate=generate)
     monkeypatch.setattr(evaluate.methods, "of", lambda model: method)
     tokenizer = toy.tokenizer()
     model = checkpoints.new_model("editflow", "tiny", tokenizer.vocab_size)
