@@ -219,6 +219,12 @@ def checked(task: Task, place: str, record) -> dict:
     for field in task.fields:
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             raise ValueError(f"{place}: needs text in field {field!r}; is this the right file for the task?")
+    if not isinstance(record.get("draft"), str | None):
+        raise ValueError(f"{place}: the field 'draft' must hold text")
+    for field in ("test_list", "test_imports"):  # of mbpp, both optional
+        lines = record.get(field) or []
+        if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines)):
+            raise ValueError(f"{place}: the field {field!r} must hold a list of texts")
     return record
 
 

@@ -277,6 +277,7 @@ FIELDS = [  # (file, scripts that read it, fields, values that none of these can
     (INDEX, ALL, "weight_map", [{"a": "nowhere"}, {}], "shards"),
     (f"{FINAL}/train_state.json", "train", "step args", ["x", None, []], "train_state.json"),
     ("humaneval.jsonl", "evaluate", "prompt test entry_point", [5, None, []]),
+    ("mbpp.jsonl", "evaluate", "test_list test_imports draft", [5, {"a": 1}, [5]]),
 ]  # fmt: skip
 PLACES = [  # command: flags that name something else -> what is named, if not the last word
     *(f"{script} flow: {flag.split()[-1]} {name}" for script, (flag, _) in MODELS.items()
