@@ -35,6 +35,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cache
 from math import sqrt
 from pathlib import Path
 from statistics import fmean
@@ -313,22 +314,21 @@ def judge(name: str, samples: list[Sample], out: Path, may_run: bool = False) ->
     written to OUT/<task>.jsonl. Programs also go to OUT/evalplus_<task>_response.jsonl and ..._draft.jsonl."""
     task, found = TASKS[name], read_rows(name, out)
     rows = [found[sample.key] | {"verdicts": {}} for sample in samples]
+    check = cache(lambda i, text: task.check(samples[i].record, text))  # what was not edited is judged once
     for kind in TEXTS:
-        answered = [(sample, row) for sample, row in zip(samples, rows) if row[kind] is not None]
-        records = [sample.record for sample, _ in answered]
-        texts = [row[kind] for _, row in answered]
+        answered = [i for i, row in enumerate(rows) if row[kind] is not None]
+        texts = [rows[i][kind] for i in answered]
         if task.program:
-            ids = [sample.id for sample, _ in answered]
-            programs = map(task.program, records, texts)
-            lines = [{"task_id": id, "solution": program} for id, program in zip(ids, programs)]
+            answers = [(samples[i], text) for i, text in zip(answered, texts)]
+            lines = [{"task_id": s.id, "solution": task.program(s.record, text)} for s, text in answers]
             write_rows(out / f"evalplus_{name}_{kind}.jsonl", lines)
             if not may_run:
                 continue
         with ThreadPoolExecutor(max(1, os.cpu_count() // 2)) as pool:
             work = pool.map if task.program else map  # math-verify works in the main thread alone
-            judged = tqdm(work(task.check, records, texts), f"{name}, judging", len(texts))
-            for (_, row), verdicts in zip(answered, judged):
-                row["verdicts"] |= {f"{kind} {verdict}": holds for verdict, holds in verdicts.items()}
+            judged = tqdm(work(check, answered, texts), f"{name}, judging", len(texts))
+            for i, verdicts in zip(answered, judged):
+                rows[i]["verdicts"] |= {f"{kind} {verdict}": holds for verdict, holds in verdicts.items()}
     write_rows(out / f"{name}.jsonl", rows)
     return rows
 

@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from edit_distance import edit_labels_batch, edit_scripts
+from edit_distance import edit_labels_batch
 from ragged import CHUNK, DEL, GAP, KEEP, SUB, Generated, Ragged, apply_edits, stratified, uniform_noise, weighted_nll
 
 MIN_T = 0.05  # floor of the masked fraction: losses are weighted by 1/t, so a single t near 0 would drown a whole batch
@@ -499,8 +499,10 @@ def label_drafts(x: Ragged, prompt_len: Tensor, clean: list[list[int]], tokens: 
     text, gaps = text_and_gaps(x, prompt_len)
     gaps, insert_target = gaps[insert_target != IGNORE], insert_target[insert_target != IGNORE]
     text_weight, gap_weight = (per_sample_mean(x.batch[rows], len(x)) for rows in (text, gaps))
-    distance = [float((script != KEEP).sum()) for script in edit_scripts(noisy, clean)]
-    counts = {"edit_distance": sum(distance) / len(distance)}
+    # Substitutions and deletions are labels that differ from the token; what survives and what is inserted is `clean`.
+    changed, deleted = (token_target != x.ids[text]).sum(), (token_target == tokens["del"]).sum()
+    inserted = sum(map(len, clean)) - (len(text) - int(deleted))
+    counts = {"edit_distance": (int(changed) + inserted) / len(clean)}
     return Batch("edit", x, text, token_target, text_weight, gaps, insert_target, gap_weight, counts)
 
 

@@ -71,8 +71,10 @@ def write_json(file: Path, value) -> None:
 def sync(path: Path) -> None:
     """Wait until a file or folder is on the disk, so that a rename never outlives what it names."""
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def remove(path: Path) -> None:
@@ -614,8 +616,10 @@ def save_run(out: Path, name: str, model: parallel.ParallelModel, tokenizer, opt
     is_saved = (target / STATE).is_file() and step_of(target) == state["step"]
     if ranks.all_reduce_max(is_saved):  # a run that was stopped where it had just saved
         return target
-    names = adapted_names(model.plain) if args.lora else model.plain.state_dict()
-    weights = parallel.gather({n: t for n, t in model.plain.state_dict().items() if n in names}, ranks)
+    weights = model.plain.state_dict()
+    if args.lora:
+        weights = {name: weights[name] for name in adapted_names(model.plain)}
+    weights = parallel.gather(weights, ranks)
     moments = parallel.gather(parallel.moments(model.plain, optimizer), ranks)
     if ranks.is_main:
         try:

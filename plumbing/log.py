@@ -23,8 +23,6 @@ class Log:
 
     def __init__(self, out: Path, state: dict, steps: int, args, ranks: Ranks):
         self.file, self.ranks, self.steps, self.every = out / "metrics.jsonl", ranks, steps, args.logging_steps
-        pause = 0.2 if sys.stderr.isatty() else 20  # seconds between updates of the bar: a log file wants few
-        self.bar = tqdm(total=steps, initial=state["step"], disable=not ranks.is_main, unit="step", mininterval=pause)
         lines = trim_metrics(self.file, state["step"]) if ranks.is_main else []
         self.start = time.monotonic() - max((line.get("seconds", 0.0) for line in lines), default=0.0)
         evaluated = [line["step"] for line in lines if "eval_loss" in line]
@@ -45,6 +43,8 @@ class Log:
             for mine, theirs in ((self.sums, stored["sums"]), (self.counts, stored["counts"])):
                 for name in dict.fromkeys(name for d in theirs for name in d):
                     mine[name] = sum(d.get(name, 0) for d in theirs)
+        pause = 0.2 if sys.stderr.isatty() else 20  # seconds between updates of the bar: a log file wants few
+        self.bar = tqdm(total=steps, initial=state["step"], disable=not ranks.is_main, unit="step", mininterval=pause)
 
     def state(self) -> dict:
         """What the next line of metrics.jsonl depends on, for a checkpoint. All processes must ask."""

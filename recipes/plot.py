@@ -21,14 +21,17 @@ FIGURE = {"figsize": (7.6, 4.6), "dpi": 200, "layout": "constrained"}
 def read_losses(run: Path) -> dict[str, list[tuple[int, float]]]:
     """metrics.jsonl to the steps and values of every loss, without a line that is still being written.
     Raises OSError, or ValueError if there is none yet."""
-    losses = {}
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
-        record = json.loads(line)
+    losses, file = {}, run / "metrics.jsonl"
+    try:
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    except ValueError as e:
+        raise ValueError(f"{file}: not the metrics of a run ({e})") from None
+    for record in records:
         for name, value in record.items():
             if name.startswith(("loss", "eval_loss")):
                 losses.setdefault(name, []).append((record["step"], value))
     if not losses:
-        raise ValueError(f"{run}/metrics.jsonl: no loss in it yet")
+        raise ValueError(f"{file}: no loss in it yet")
     return losses
 
 

@@ -38,10 +38,11 @@ def split(stage: str, passes: int) -> tuple[int, int]:
 @torch.no_grad()
 def measure(checkpoint: Path) -> np.ndarray:
     """[PASSES, 2]: percent of answers right and of responses valid on all held-out prompts. Kept in the checkpoint's
-    folder, so that it goes when the checkpoint goes; delete passes.json to measure anew."""
+    folder, so that it goes when the checkpoint goes, with the settings that it was measured with."""
     directory = checkpoints.local_path(str(checkpoint))
-    kept = directory / "passes.json"
-    if not kept.is_file():
+    kept, settings = directory / "passes.json", [MASKS, *([*split(checkpoint.name, p)] for p in PASSES)]
+    found = json.loads(kept.read_text()) if kept.is_file() else {}
+    if found.get("settings") != settings:
         model, tokenizer = checkpoints.load(str(directory)).eval(), load_tokenizer(directory)
         questions = toy.prompts("test")
         prompts = [data.encode_prompt([{"role": "user", "content": q}], tokenizer) for q in questions]
@@ -54,8 +55,9 @@ def measure(checkpoint: Path) -> np.ndarray:
             )  # fmt: skip
             checks = [toy.check(q, tokenizer.decode(d.response)) for q, d in zip(questions, decoded)]
             result[passes] = np.mean(checks, axis=0).tolist()
-        kept.write_text(json.dumps({"result": result}))
-    return 100 * np.array(list(json.loads(kept.read_text())["result"].values()))
+        found = {"settings": settings, "result": result}
+        kept.write_text(json.dumps(found))
+    return 100 * np.array(list(found["result"].values()))
 
 
 def main():

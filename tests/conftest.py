@@ -70,6 +70,14 @@ def save_encoder(directory, method: str, family: str, positions: int) -> Path:
     return Path(directory)
 
 
+VERSE = "{0} bottles of beer on the wall, {0} bottles of beer.\nTake one down; pass it around!\n\n"
+CORPUS = "".join(map(VERSE.format, range(60)))
+DIALOGUE = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "How many bottles?\n"},
+    {"role": "assistant", "content": " 12 "},
+    {"role": "user", "content": 'Und "größer"?'},
+]
 WORDS = "one two three four five six seven eight nine ten"
 
 

@@ -11,6 +11,7 @@ import sys
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import CORPUS, DIALOGUE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,14 +20,6 @@ import toy
 from data import Example, Source
 from plumbing.tokenizer import Tokenizer, train_tokenizer
 
-VERSE = "{0} bottles of beer on the wall, {0} bottles of beer.\nTake one down; pass it around!\n\n"
-CORPUS = "".join(map(VERSE.format, range(60)))
-DIALOGUE = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "How many bottles?\n"},
-    {"role": "assistant", "content": " 12 "},
-    {"role": "user", "content": 'Und "größer"?'},
-]
 quick = settings(deadline=None, max_examples=60)
 many = settings(deadline=None, max_examples=200)
 

@@ -403,7 +403,9 @@ def test_the_command_line_draws_saved_traces(tmp_path, capsys):
 
 @pytest.fixture
 def plot():
-    return pytest.importorskip("recipes.plot")
+    import recipes.plot
+
+    return recipes.plot
 
 
 def write_metrics(folder: Path, values, tail=""):

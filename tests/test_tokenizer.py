@@ -6,20 +6,13 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
+from conftest import CORPUS, DIALOGUE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import toy
 from plumbing.tokenizer import DEL_TOKEN, SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
 
-VERSE = "{0} bottles of beer on the wall, {0} bottles of beer.\nTake one down; pass it around!\n\n"
-CORPUS = "".join(map(VERSE.format, range(60)))
-DIALOGUE = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "How many bottles?\n"},
-    {"role": "assistant", "content": " 12 "},
-    {"role": "user", "content": 'Und "größer"?'},
-]
 TEMPLATES = {
     "own": None,
     "loop controls": """\
