@@ -310,9 +310,8 @@ class Screen:
         # The cursor rests on the line below the picture, which must be on the screen, too.
         space = size.lines - 1 if self.is_terminal else sys.maxsize
         lines = [*layout(frame, max(2, min(100, size.columns)), space - 1), []][:space]
-        if self.is_terminal and self.height:
-            self.file.write(f"\x1b[{self.height}F\x1b[J")
         encoding = self.file.encoding or "utf-8"
+        shown = ""
         for line in lines:
             text = ""
             for (before, after), run in groupby(line, key=self._around):
@@ -321,7 +320,12 @@ class Screen:
                 text += words[:start] + before + words[start:] + after
             if text.encode(encoding, "replace").decode(encoding) != text:
                 text = text.translate(ASCII).encode(encoding, "replace").decode(encoding)
-            self.file.write(text.rstrip() + "\n")
+            shown += text.rstrip() + "\n"
+        if self.is_terminal:
+            back = f"\x1b[{self.height}F\x1b[J" if self.height else ""
+            # Without wrapping: a terminal may do it as soon as a line is full, or find letters wider than counted here.
+            shown = f"{back}\x1b[?7l{shown}\x1b[?7h"
+        self.file.write(shown)
         self.file.flush()
         self.height = len(lines)
 
