@@ -38,21 +38,16 @@ class Terminal:
         self.outside, inside = os.openpty()
         self.name = os.ttyname(inside)
         fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        self.file = open(inside, "w", encoding="utf-8")  # for what is written to it by the test itself
+        self.file = os.fdopen(inside, "w", encoding="utf-8")  # for what is written to it by the test itself
         self.screens = [kind(columns, rows, history=100_000) for kind in (pyte.HistoryScreen, Eager)]
         self.streams = [pyte.ByteStream(screen) for screen in self.screens]
         self.process = None
 
-    def lines(self) -> list[str]:
+    def lines(self, which: int = 0) -> list[str]:
         """All lines that were ever on the screen and are not overwritten, those that have scrolled away, too."""
-        seen = []
-        for screen in self.screens:
-            above = ["".join(row[x].data for x in range(screen.columns)) for row in screen.history.top]
-            seen.append([line.rstrip() for line in [*above, *screen.display]])
-            while seen[-1] and not seen[-1][-1]:
-                seen[-1].pop()
-        assert seen[0] == seen[1], "whenever the terminal wraps"
-        return seen[0]
+        screen = self.screens[which]
+        above = ["".join(row[x].data for x in range(screen.columns)) for row in screen.history.top]
+        return "\n".join(line.rstrip() for line in [*above, *screen.display]).rstrip("\n").split("\n")
 
     def text(self) -> str:
         return "\n".join(self.lines())
@@ -63,11 +58,13 @@ class Terminal:
         self.sync()
 
     def sync(self) -> None:
-        """Reads all that was written by this process, which must be less than the kernel keeps: a few frames."""
+        """Reads all that was written by this process, which must be less than the kernel keeps: a few frames. It must
+        look the same whenever the terminal wraps."""
         self.file.write("\0")  # which no terminal shows
         self.file.flush()
         while not self._read().endswith(b"\0"):
             pass
+        assert self.lines(0) == self.lines(1), "whenever the terminal wraps"
 
     def _read(self) -> bytes:
         data = os.read(self.outside, 1 << 16)
@@ -121,7 +118,7 @@ def _inside(name: str, main, argv) -> None:
     terminal = os.open(name, os.O_RDWR)
     for n in range(3):
         os.dup2(terminal, n)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     os.environ |= {"TERM": "xterm-256color", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for name in ("COLUMNS", "LINES", "NO_COLOR", "INPUTRC"):
         os.environ.pop(name, None)

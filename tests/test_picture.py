@@ -340,7 +340,7 @@ def test_letters_that_are_wider_than_thought_are_cut_off_and_do_not_wrap(termina
 def test_what_is_seen_at_40_columns(terminal):
     screen = terminal(40)
     screen.print("$ python sample.py --show\n")
-    trace, _ = record([0, 1, 4], [{}, {1: (SUB, 11, 3), 2: (DEL, GAP, 11)}, {}], live=screen.file)
+    record([0, 1, 4], [{}, {1: (SUB, 11, 3), 2: (DEL, GAP, 11)}, {}], live=screen.file)
     screen.sync()
     assert screen.lines() == [
         "$ python sample.py --show",
@@ -436,20 +436,20 @@ def test_marks_can_be_told_apart_in_grey():
 def test_a_gif_is_drawn_with_any_font_and_any_text(tmp_path, monkeypatch, fonts):
     monkeypatch.setattr(picture, "FONTS", fonts)
     texts = ["<bos>", "中文 😀", "", "\n\n", "x" * 300, "\x1b[31m", "\ud800", " \t ", "\u200d"]
-    trace = Trace(1, lambda ids: [texts[i] for i in ids])
+    trace = Trace(1, lambda ids: [texts[i] for i in ids], title="中 “title”")
     trace.on_step(0.0, Ragged.pack([[0]]), *tensors({0: (KEEP, GAP, 1)}, 1))
     trace.on_step(0.5, Ragged.pack([[0, 1]]), *tensors({1: (DEL, GAP, 4)}, 2))
     trace.finish([0, 1, 2, 3, 4, 5, 6, 7, 3, 8])
-    write_gif(trace, tmp_path / "a.gif", title="中 “title”")
+    write_gif(trace, tmp_path / "a.gif")
     assert len(gif_frames(tmp_path / "a.gif")[1]) == 4
 
 
 def test_html_is_one_page_in_which_text_stays_text(tmp_path):
     hostile = ["</script><script>alert(1)</script>", "<!--", '"', "'", "\\", "&amp;", "{{data}}", "\ud800", "\u2028"]
-    trace = Trace(0, lambda ids: [hostile[i] for i in ids])
+    trace = Trace(0, lambda ids: [hostile[i] for i in ids], title='<b>"{{data}}"')
     trace.on_step(0.0, Ragged.pack([[0, 1, 2, 3, 4]]), *tensors({2: (DEL, GAP, 5)}, 5))
     trace.finish([0, 1, 5, 3, 4, 6, 7, 8])
-    write_html(trace, tmp_path / "a.html", title='<b>"{{data}}"')
+    write_html(trace, tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert page.count("</script>") == page.count("<script") == 2
     assert "alert(1)</script" not in page
@@ -462,14 +462,24 @@ def test_html_is_one_page_in_which_text_stays_text(tmp_path):
     assert data[1]["total"] == [1, 0, 1]
 
 
-def test_the_command_line_draws_saved_traces(tmp_path, capsys):
-    two_phases().save(tmp_path / "t.json")
-    for kind in ("gif", "html"):
-        picture.main([kind, str(tmp_path / "t.json"), "-o", str(tmp_path / f"a.{kind}")])
-        assert (tmp_path / f"a.{kind}").stat().st_size > 1000
+def test_the_command_line_draws_saved_traces(tmp_path, capsys, monkeypatch):
+    """With the headline that was recorded, unless told otherwise, into a file that is named."""
+    trace = two_phases()
+    trace.title = "A title"
+    trace.save(tmp_path / "t.json")
+    monkeypatch.chdir(tmp_path)
+    for kind, write in (("gif", write_gif), ("html", write_html)):
+        picture.main([kind, "t.json"])
+        assert capsys.readouterr().err == f"decode written to decode_trace.{kind}\n"
+        write(trace, "expected")
+        picture.main([kind, "t.json", "-o", "other", "--title", "Another"])
+        assert capsys.readouterr().err == "decode written to other\n"
+        expected, drawn, other = (Path(name).read_bytes() for name in ("expected", f"decode_trace.{kind}", "other"))
+        assert drawn == expected != other
     picture.main(["show", str(tmp_path / "t.json")])
     assert "draft:\n the cat[-s-]\n\nrepaired:\n the cat {+sat.+}\n" in capsys.readouterr().out
-    done = subprocess.run([sys.executable, "-m", "plumbing.picture", "show", "no.json"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "plumbing.picture", "show", "no.json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "no.json" in done.stderr
 
