@@ -197,7 +197,7 @@ def test_watching_leaves_one_picture_and_the_text_on_the_screen(columns, saved, 
     terminal = Terminal(columns)
     terminal.start(sample.main, ["--model_name_or_path", str(saved["medlm"]), *STEPS, "--prompt", PROMPT, "--show"])
     assert terminal.end() == 0
-    headline, *_, text = (line for line in terminal.lines() if not line.startswith("note:") and line)
+    headline, *_ = (line for line in terminal.lines() if not line.startswith("note:") and line)
     assert re.fullmatch(r"draft and repaired  ━+  step \d+", headline)
     assert len(headline) == columns
     assert terminal.text().count("step ") == 1
