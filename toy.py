@@ -74,10 +74,10 @@ def check(prompt: str, response: str, suffix: str = "") -> tuple[bool, bool]:
 
 def records(split: str, n: int | None, seed: int, kind: str = "toy") -> list[dict]:
     """n records (None: 20,000, or as many as are held out): prompts of the split in random order, all different while
-    there are enough, random right responses. kind: one of SOURCES. "toy-repair" adds a draft, the response with something
-    wrong in it: in one of four every mention of the result is the same wrong number, in the others 1 to 4 words are
-    replaced, inserted or deleted. "toy-infill" leaves a stretch of the response to be written: what stands before it
-    goes to the prompt, what stands behind it, at least a word, is the suffix."""
+    there are enough, random right responses. kind: one of SOURCES. "toy-repair" adds a draft, the response with
+    something wrong in it: in one of four every mention of the result is the same wrong number, in the others 1 to 4
+    words are replaced, inserted or deleted. "toy-infill" leaves a stretch of the response to be written: what stands
+    before it goes to the prompt, what stands behind it, at least a word, is the suffix."""
     rng = np.random.default_rng([seed, split == "test", SOURCES.index(kind)])
     asked, made = prompts(split), []
     for i in range({"train": 20_000, "test": HELD_OUT}[split] if n is None else n):

@@ -8,7 +8,10 @@ A method is a module with
                     rollout. progress of the training: 0 to 1. rng: this micro-batch's own generator; shared_rng: one in
                     the same state on every process, for what decides how many forward passes are made
     loss            (model, batch) -> (scalar, metrics for the log)
-    generate        (model, prompts, settings, seeds, drafts=None, on_step=None) -> list of ragged.Generated
+    generate        (model, prompts, settings, seeds, drafts=None, suffixes=None, keep=None, on_step=None) -> list of
+                    ragged.Generated: texts between prompt and suffix, from drafts of which the tokens in keep stay
+    likelihood      (model, examples, settings, rng) -> float64 scalar: an unbiased estimate, in nats, of an upper bound
+                    of the sum of -log p(response | prompt, suffix); where EXACT is true, the sum itself
     passes          (settings): the most forward passes that a batch takes
     start_length    (settings): the tokens that a response starts with
 
@@ -34,11 +37,12 @@ where there is none), and for `generate` also `max_positions`.
 import argparse
 from types import SimpleNamespace
 
+import ar
 import editflow
 import medlm
 from plumbing import cli
 
-METHODS = {"editflow": editflow, "medlm": medlm}
+METHODS = {"editflow": editflow, "medlm": medlm, "ar": ar}
 
 
 def get(name: str):
