@@ -82,7 +82,7 @@ class Sampler:
 
     def generate(self, prompts, seeds, drafts=None, on_step=None):
         methods.check_lengths(self.method, prompts, self.settings, drafts)
-        return self.method.generate(self.model, prompts, self.settings, seeds, drafts, on_step)
+        return self.method.generate(self.model, prompts, self.settings, seeds, drafts, on_step=on_step)
 
     def trace(self, prompt: list[int], live=None) -> Trace:
         t = self.tokenizer
