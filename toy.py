@@ -8,6 +8,7 @@ several positions at once mixes the phrasings up; editing can put that right.
 
 import hashlib
 import re
+from difflib import SequenceMatcher
 from itertools import product
 
 import numpy as np
@@ -65,6 +66,17 @@ def check(prompt: str, response: str) -> tuple[bool, bool]:
     answer = re.search(r".*####\s*(\d+)", response, re.DOTALL)
     right = bool(answer) and int(answer[1]) == _parse(prompt)[0]["c"]
     return right, " ".join(response.split()) in valid_responses(prompt)
+
+
+CHANGES = {"replace": "{0!r} should be {1!r}", "delete": "{0!r} is too much", "insert": "{1!r} is missing"}
+
+
+def explain(prompt: str, response: str) -> str:
+    """What is wrong with a response: its differences from the most similar right one, or "" if it is valid."""
+    said, right = response.split(), sorted(map(str.split, valid_responses(prompt)))
+    match = max((SequenceMatcher(None, said, words) for words in right), key=SequenceMatcher.ratio)
+    changes = [(how, said[a:b], match.b[c:d]) for how, a, b, c, d in match.get_opcodes() if how != "equal"]
+    return ", ".join(CHANGES[how].format(" ".join(old), " ".join(new)) for how, old, new in changes)
 
 
 def records(split: str, n: int | None, seed: int, repair: bool = False) -> list[dict]:
