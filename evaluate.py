@@ -146,6 +146,7 @@ class Task:
     file: str = ""  # its name under --data_dir
     package: str = ""  # that the check needs
     program: Callable[[dict, str], str] | None = None  # (record, response) -> what a code task runs
+    explain: Callable[[str, str], str] | None = None  # (question, response) -> what is wrong, "" if nothing
     init_num: int = 512  # for methods that start from so many tokens
 
 
@@ -174,7 +175,9 @@ TASKS = {
         fields=("prompt",), question=mbpp_question,
         system=CODE, check=mbpp_check, program=lambda record, response: code(response),
     ),
-    "toy": Task(question=lambda record: record["messages"][0]["content"], check=toy_check, init_num=24),
+    "toy": Task(
+        question=lambda record: record["messages"][0]["content"], check=toy_check, explain=toy.explain, init_num=24,
+    ),
 }  # fmt: skip
 TASKS["toy-repair"] = TASKS["toy"]  # from a corrupted response
 
@@ -369,6 +372,8 @@ def report(name: str, samples: list[Sample], args) -> dict:
     rows = judge(name, samples, out, args.allow_code_execution)
     for row in rows[: args.show_answers]:
         print(f"{row['prompt']}  ->  {row['response']}    {row['verdicts'] or 'not judged'}")
+        if task.explain and (wrong := task.explain(row["prompt"], row["response"])):
+            print(f"    {wrong}")
     summary = summarise(rows) | {"judge": task.check.__doc__}
     passes = [f"{mean:.1f} {count.replace('_', ' ')}" for count, mean in summary["passes"].items()]
     speed = f"{summary['tokens_per_second']:.1f} tokens/s"
@@ -440,6 +445,7 @@ def main(argv=None) -> None:
         tasks = {name: report(name, samples[name], args) for name in samples}
         settings = {name: settings for name, (settings, _) in prepared.items()}
         checkpoints.write_json(out / "summary.json", {"args": vars(args), "settings": settings, "tasks": tasks})
+        print(f"answers, verdicts and summary written to {out}")
 
 
 if __name__ == "__main__":

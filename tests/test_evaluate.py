@@ -405,6 +405,7 @@ def test_main_from_files_to_summary(standing_in, files, tmp_path, capsys):
         "gsm8k, 5 samples:   4.0 mask passes   2.0 edit passes  ",
         "    draft right      40.0 ± 21.9 %",
         "    response right   40.0 ± 21.9 %",
+        f"answers, verdicts and summary written to {tmp_path}/out",
     ]
 
     more, _ = standing_in("--task", "gsm8k", "--data", f"gsm8k={files['gsm8k']}", "--batch_size", "8")
@@ -500,6 +501,8 @@ def test_real_models_of_both_methods(method, tmp_path, capsys):
         assert line["passes"]["mask_passes" if method == "medlm" else "steps"] == 2
     out = capsys.readouterr().out
     assert f"{rows[0]['prompt']}  ->  {rows[0]['response']}" in out
+    assert f"\n    {toy.explain(rows[0]['prompt'], rows[0]['response'])}\n" in out
+    assert out.endswith(f"written to {tmp_path}/out\n")
     assert ("draft right" in out) == ("mask passes" in out) == (method == "medlm")
     with pytest.raises(ValueError, match=r"question Toy/0"):
         evaluate.main([*flags, "--system_prompt", "Ann " * 5000])
