@@ -135,11 +135,12 @@ def mask_batch(
     t ~ U[max(min_t, MIN_T), max_t], one per sample, stratified over the batch, or one for all. Prompts and suffixes are
     never masked. lm_head is supervised at the masked rows, next_token_head at the rows before them; the row before a
     response's first token is the prompt's last, so no label ever leaves its sample. With CE_i the cross-entropy at
-    masked row i of a sample of `length` tokens, and K masked rows in the whole batch:
+    masked row i of a sample of `length` tokens, k of them masked, and K masked rows in the whole batch:
 
     loss_norm "tokens"  sum_i CE_i / (K t).  The published form. K is about t * length, so it estimates E_t[CE(t) / t],
                         with CE(t) the mean cross-entropy at masked fraction t: compared with the bound, nearly
                         finished texts count 1/t times more. Not a likelihood; its scale depends on MIN_T.
+    loss_norm "samples" mean over samples having masks of  sum_i CE_i / (k t): a long one counts like a short one.
     loss_norm "bound"   mean over samples of  sum_i CE_i / (t length).  With t ~ U[0, 1], lm_head's part times length
                         has the expectation  E_order[-log p(response | prompt, order)], the order in which the tokens
                         are revealed one by one being uniform. By Jensen's inequality that is an upper bound of
@@ -152,7 +153,10 @@ def mask_batch(
     t = draw_t(len(x), max(min_t, MIN_T), max_t, one_t, generator)
     row = draw_masks(x, t, generator)
     sample, length = x.batch[row], free_lengths(x)
-    weight = 1 / (t * (len(row) if loss_norm == "tokens" else length * (length > 0).sum()))[sample]
+    if loss_norm == "samples":
+        weight = per_sample_mean(sample) / t[sample]
+    else:
+        weight = 1 / (t * (len(row) if loss_norm == "tokens" else length * (length > 0).sum()))[sample]
     masked = replace(x, ids=x.ids.index_fill(0, row, mask_id))
     return Batch("mask", masked, row, x.ids[row], weight, row - 1, x.ids[row], weight, {"masked_tokens": len(row)})
 
@@ -576,8 +580,8 @@ def label_drafts(
 
     Behind the last token a suffix follows, and its first token is the label there: nothing in a text shows where its
     suffix begins. So where the wanted text goes on with just that token, the label asks for nothing to be inserted.
-    The sentinel's label is itself. Weights, per head: loss_norm "tokens" is the mean over all rows, over t [B], the
-    fractions that were masked; "bound" the mean over a sample's rows, averaged over samples.
+    Weights, per head: the mean over a sample's rows, averaged over samples; with loss_norm "tokens", as published, the
+    mean over all rows, over t [B], the fractions that were masked, and the sentinel counts, with itself as its label.
     """
     noisy, device = contents(x), x.ids.device
     labels = edit_labels_batch(noisy, clean, tokens["del"], tokens["eos"], IGNORE)
@@ -590,10 +594,10 @@ def label_drafts(
     changed, deleted = (token_target != x.ids[text]).sum(), (token_target == tokens["del"]).sum()
     inserted = sum(map(len, clean)) - (len(text) - int(deleted))
     counts = {"edit_distance": (int(changed) + inserted) / len(clean)}
-    last = x.cu_seqlens[1:].long() - 1
-    text, token_target = torch.cat([text, last]), torch.cat([token_target, x.ids[last]])
     weights = [per_sample_mean(x.batch[rows]) for rows in (text, gaps)]
     if loss_norm == "tokens":
+        last = x.cu_seqlens[1:].long() - 1
+        text, token_target = torch.cat([text, last]), torch.cat([token_target, x.ids[last]])
         weights = [1 / (t.clamp(min=MIN_T)[x.batch[rows]] * len(rows)) for rows in (text, gaps)]
     return Batch("edit", x, text, token_target, weights[0], gaps, insert_target, weights[1], counts)
 
@@ -617,8 +621,8 @@ def model_flags(f) -> None:
 def training_flags(f) -> None:
     f.number("--min_t", low=0, high=1, default=0.0, help="smallest masking probability (a floor applies)")
     f.number("--max_t", low=0, high=1, default=1.0, help="largest masking probability")
-    f.choice("--loss_norm", choices=["tokens", "bound"], default="tokens",
-             help="published mean over tokens / t, or LLaDA's bound; rollouts: the same, or the mean of samples' means")
+    f.choice("--loss_norm", choices=["tokens", "samples", "bound"], default="tokens",
+             help="mean over tokens / t, in rollouts, too (published); mean of samples' means; LLaDA's bound")
     f.flag("--one_t", help="one t for a micro-batch, not one for each sample")
     f.flag("--copy_head", help="stage 1: next_token_head starts as a copy of lm_head")
     f.number("--intermediate_ratio", low=0, high=1, default=0.0, help="stage 3: share of steps trained on rollouts")
