@@ -400,7 +400,7 @@ def test_main_from_files_to_summary(standing_in, files, tmp_path, capsys):
     assert (result["n"], result["verdicts"]["response right"]["percent"]) == (5, 40)
     assert summary["args"]["data"]["gsm8k"] == files["gsm8k"]
     assert "####" in result["judge"]
-    assert summary["settings"] == {"gsm8k": {"order": "confidence"}}
+    assert summary["settings"] == {"gsm8k": {"order": None}}
     assert re.sub(r" \S+ tokens/s", "", capsys.readouterr().out).splitlines() == [
         "gsm8k, 5 samples:   4.0 mask passes   2.0 edit passes  ",
         "    draft right      40.0 ± 21.9 %",
