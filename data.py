@@ -28,7 +28,7 @@ import re
 import reprlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -436,14 +436,15 @@ def texts(records: Iterable[dict]) -> Iterator[str]:
 
 @dataclass
 class Example:
-    """What the model is trained on. prompt + response is the sequence; len() is its length."""
+    """What the model is trained on. prompt + response + suffix is the sequence; len() is its length."""
 
     prompt: list[int]  # never edited, at least one token; its last token is the anchor of insertions
     response: list[int]  # the target
     draft: list[int] | None = None  # x0, for training from draft to target
+    suffix: list[int] = field(default_factory=list)  # never edited, behind the response
 
     def __len__(self):
-        return len(self.prompt) + len(self.response)
+        return len(self.prompt) + len(self.response) + len(self.suffix)
 
 
 @dataclass

@@ -11,6 +11,7 @@ masks, then up to --edit_diffusion_step passes edit the draft.
 import json
 import os
 import sys
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from tqdm import tqdm
 import data
 from plumbing import checkpoints, cli, methods
 from plumbing.picture import Trace, show, write_gif, write_html
+
+WRITERS = {"--make_gif": write_gif, "--make_html": write_html, "--save_trace": Trace.save}  # of the first text's decode
 
 
 def parse_args(argv=None):
@@ -43,10 +46,13 @@ def parse_args(argv=None):
              help="draw the first text being written")
     f.choice("--make_html", nargs="?", const="decode_trace.html", metavar="FILE",
              help="the same as a page to step through")
+    f.choice("--save_trace", nargs="?", const="decode_trace.json", metavar="FILE",
+             help="record it; python -m plumbing.picture show|gif|html FILE")
     methods.sampling_flags(f)
     args = f.parse_args(argv)
-    clashes = {"--output": args.output != "-", "--draft": args.draft is not None, "--num_samples": args.num_samples > 1}
-    clashes |= {"--make_gif": args.make_gif, "--make_html": args.make_html}
+    args.files = {} if args.output == "-" else {"--output": args.output}
+    args.files |= {flag: file for flag in WRITERS if (file := getattr(args, flag[2:]))}
+    clashes = {"--draft": args.draft is not None, "--num_samples": args.num_samples > 1} | args.files
     for name in [name for name, given in clashes.items() if args.interactive and given]:
         f.error(f"{name} does not go with --interactive")
     start = args.x0_sampler or "draft"
@@ -54,10 +60,7 @@ def parse_args(argv=None):
         f.error("--draft is where to start; leave out --mask_length and --x0_sampler")
     if args.draft is None and args.x0_sampler == "draft":
         f.error("--x0_sampler draft starts from a text: give it with --draft")
-    files = {
-        "--prompt_file": args.prompt_file, "--output": None if args.output == "-" else args.output,
-        "--make_gif": args.make_gif, "--make_html": args.make_html,
-    }  # fmt: skip
+    files = {"--prompt_file": args.prompt_file} | args.files
     given = [(flag, os.path.realpath(file)) for flag, file in files.items() if file]
     for (flag, file), (other, same) in combinations(given, 2):
         if file == same:
@@ -79,11 +82,11 @@ class Sampler:
 
     def generate(self, prompts, seeds, drafts=None, on_step=None):
         methods.check_lengths(self.method, prompts, self.settings, drafts)
-        return self.method.generate(self.model, prompts, self.settings, seeds, drafts, on_step)
+        return self.method.generate(self.model, prompts, self.settings, seeds, drafts, on_step=on_step)
 
     def trace(self, prompt: list[int], live=None) -> Trace:
         t = self.tokenizer
-        return Trace(len(prompt), t.pieces, t.mask_id, t.pad_id, live=live)
+        return Trace(len(prompt), t.pieces, t.mask_id, t.pad_id, self.method.TITLE, live)
 
 
 def draft_ids(tokenizer, draft: str) -> list[int]:
@@ -93,7 +96,7 @@ def draft_ids(tokenizer, draft: str) -> list[int]:
 
 def main(argv=None):
     args = parse_args(argv)
-    check_writable(args.output if args.output != "-" else None, args.make_gif, args.make_html)
+    check_writable(*args.files.values())
     conversations = [[{"role": "user", "content": p}] for p in args.prompt or []] or [[]]
     if args.prompt_file:
         conversations = data.read_prompts(args.prompt_file)
@@ -110,8 +113,8 @@ def main(argv=None):
     prompts, drafts = [ids for _, ids, _ in jobs], None if draft is None else [draft] * len(jobs)
     # now, and not when its batch comes up
     methods.check_lengths(sampler.method, prompts, sampler.settings, drafts, names)
-    trace = None
-    if args.show or args.make_gif or args.make_html:
+    trace, wanted = None, {file: WRITERS[flag] for flag, file in args.files.items() if flag in WRITERS}
+    if args.show or wanted:
         trace = sampler.trace(jobs[0][1], live=sys.stdout if args.show else None)
     out = sys.stdout if args.output == "-" else None  # an older file is kept until there is something to write
     total = sampler.method.passes(sampler.settings) * -(-len(jobs) // args.batch_size)
@@ -136,15 +139,14 @@ def main(argv=None):
     if out is not sys.stdout:
         out.close()
         print(f"{len(jobs)} texts written to {args.output}", file=sys.stderr)
-    for write, file in ((write_gif, args.make_gif), (write_html, args.make_html)):
-        if file:
-            write(trace, file, sampler.method.TITLE)
-            print(f"decode drawn in {file}", file=sys.stderr)
+    for file, write in wanted.items():
+        write(trace, file)
+        print(f"decode written to {file}", file=sys.stderr)
 
 
 def check_writable(*files) -> None:
     """Raises OSError now rather than after the work is done."""
-    for file in map(Path, filter(None, files)):
+    for file in map(Path, files):
         try:
             is_new = not file.exists()
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -175,37 +177,43 @@ def write_result(out, messages, generated, seed: int, tokenizer, count: int) -> 
             print(f"note: {note}", file=sys.stderr)
 
 
+HELP = """An empty line generates from scratch; /reset forgets the conversation; /help says this again.
+Ctrl-C stops an answer, Ctrl-D ends the conversation."""
+
+
 def interact(sampler: Sampler) -> None:
-    """A conversation on the terminal. Every answer is written before one's eyes; /clear forgets, Ctrl-D ends."""
+    """A conversation on the terminal, in which lines can be edited and called back. Every answer is written before
+    one's eyes; one that is stopped is not part of the conversation."""
+    with suppress(ImportError):  # where there is none, lines are read as they are
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # many lines that are pasted are one message
     templated = sampler.args.chat_template and sampler.tokenizer.chat_template is not None
-    kind = "Chat." if templated else "Raw continuation."
-    print(kind, "An empty line generates from scratch; /clear forgets the conversation; Ctrl-D ends.")
+    print("Chat." if templated else "Raw continuation.", HELP)
     history, turn = [], 0
     while True:
         try:
             line = input("\n> ").strip()
-        except EOFError:
-            print()
-            return
-        if line == "/clear":
-            history = []
-            continue
-        messages = [*history, {"role": "user", "content": line}] if line else []
-        try:
+            if line in ("/help", "/reset", "/clear"):
+                history = history if line == "/help" else []
+                print(HELP if line == "/help" else "The conversation begins anew.")
+                continue
+            messages = [*history, {"role": "user", "content": line}] if line else []
             ids = sampler.prompt(messages)
             trace = sampler.trace(ids, live=sys.stdout)
-            on_step = trace.on_step if trace.screen else None
-            text = sampler.generate([ids], [sampler.args.seed + turn], on_step=on_step)[0]
-        except ValueError as e:  # a prompt that is too long, say: the conversation goes on
-            print(f"error: {e}", file=sys.stderr)
-            continue
-        if trace.screen:
+            text = sampler.generate([ids], [sampler.args.seed + turn], on_step=trace.on_step)[0]
             trace.finish([*ids, *text.tokens])
-        answer = sampler.tokenizer.decode(text.response)
-        print(answer)
-        turn += 1
-        if templated and line:
-            history = [*messages, {"role": "assistant", "content": answer}]
+            answer = sampler.tokenizer.decode(text.response)
+            print(answer)
+            turn += 1
+            if templated and line:
+                history = [*messages, {"role": "assistant", "content": answer}]
+        except EOFError:
+            return print()
+        except KeyboardInterrupt:
+            print("\n(stopped; the conversation goes on, Ctrl-D ends it)")
+        except ValueError as e:  # a prompt that is too long, say
+            print(f"error: {e}", file=sys.stderr)
 
 
 if __name__ == "__main__":
