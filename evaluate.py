@@ -444,8 +444,8 @@ def report(name: str, samples: list[Sample], args) -> dict:
 
 @torch.no_grad()
 def likelihood(model, tokenizer, args, texts: list[tuple[str, dict]]) -> dict:
-    """How many bits the model needs for a byte of the texts, prompts given: the mean over draws of nats / ln 2 / bytes,
-    and its standard error from the spread of the draws (of the noise alone, not of the choice of the texts).
+    """How many bits the model needs for a byte of the texts (of responses, prompt and suffix given): the mean over draws
+    of nats / ln 2 / bytes, and its standard error from their spread (of the noise, not of the choice of the texts).
 
     texts: (place, record in normal form). Raises ValueError for a text that the tokenizer does not give back.
     """
@@ -454,7 +454,7 @@ def likelihood(model, tokenizer, args, texts: list[tuple[str, dict]]) -> dict:
         raise ValueError(f"--task {LIKELIHOOD}: {method.TITLE} does not say how likely a text is")
     length = min(args.max_length, model.config.max_positions)
     for place, record in texts:
-        text = record.get("text") or record.get("corpus") or record["response"] + (record.get("suffix") or "")
+        text = record.get("text") or record.get("corpus") or record["response"]
         sent, back = text.encode(), tokenizer.decode(tokenizer.encode(text)).encode()
         if wrong := [i for i, (a, b) in enumerate(zip_longest(sent, back)) if a != b]:
             near = sent[wrong[0] :][:20].decode(errors="ignore")
@@ -466,7 +466,10 @@ def likelihood(model, tokenizer, args, texts: list[tuple[str, dict]]) -> dict:
     if not examples:
         raise ValueError(f"{texts[0][0]}: no record fits into {length} tokens; raise --max_length")
     draws = torch.zeros(1 if getattr(method, "EXACT", False) else args.draws, dtype=torch.float64)
-    settings = methods.sampling_settings(method, args, model, tokenizer)
+    flags = cli.Flags("")
+    methods.training_flags(flags)  # paths and masks are drawn as in training, where the checkpoint does not say otherwise
+    known = vars(methods.sampling_settings(method, args, model, tokenizer))
+    settings = argparse.Namespace(**vars(flags.parse_args([])) | known)
     rng = torch.Generator().manual_seed(args.seed)
     starts = range(0, len(examples), args.batch_size)
     for start in tqdm(starts, LIKELIHOOD, unit="batch"):
