@@ -78,7 +78,7 @@ def test_what_is_wrong_with_a_response_is_said():
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 400))
 def test_nothing_is_wrong_with_the_valid_responses_alone(seed):
-    [record] = toy.records("test", 1, seed, repair=True)
+    [record] = toy.records("test", 1, seed, "toy-repair")
     prompt = record["messages"][0]["content"]
     for response in (record["draft"], record["response"]):
         assert (toy.explain(prompt, response) == "") == toy.check(prompt, response)[1]
