@@ -54,15 +54,19 @@ def parse_args(argv=None):
         f.error("--draft is where to start; leave out --mask_length and --x0_sampler")
     if args.draft is None and args.x0_sampler == "draft":
         f.error("--x0_sampler draft starts from a text: give it with --draft")
-    files = {
-        "--prompt_file": args.prompt_file, "--output": None if args.output == "-" else args.output,
-        "--make_gif": args.make_gif, "--make_html": args.make_html,
-    }  # fmt: skip
-    given = [(flag, os.path.realpath(file)) for flag, file in files.items() if file]
+    files = written(args) | ({"--prompt_file": args.prompt_file} if args.prompt_file else {})
+    given = [(flag, os.path.realpath(file)) for flag, file in files.items()]
     for (flag, file), (other, same) in combinations(given, 2):
         if file == same:
             f.error(f"{flag} and {other} name the same file")
     return args
+
+
+def written(args) -> dict[str, str]:
+    """The files that are to be written, by their flags."""
+    output = None if args.output == "-" else args.output
+    files = {"--output": output, "--make_gif": args.make_gif, "--make_html": args.make_html}
+    return {flag: file for flag, file in files.items() if file}
 
 
 class Sampler:
@@ -93,7 +97,8 @@ def draft_ids(tokenizer, draft: str) -> list[int]:
 
 def main(argv=None):
     args = parse_args(argv)
-    check_writable(args.output if args.output != "-" else None, args.make_gif, args.make_html)
+    for flag, file in written(args).items():  # now rather than after the work is done
+        checkpoints.check_writable(Path(file), f"{flag} {file}")
     conversations = [[{"role": "user", "content": p}] for p in args.prompt or []] or [[]]
     if args.prompt_file:
         conversations = data.read_prompts(args.prompt_file)
@@ -140,20 +145,6 @@ def main(argv=None):
         if file:
             write(trace, file, sampler.method.TITLE)
             print(f"decode drawn in {file}", file=sys.stderr)
-
-
-def check_writable(*files) -> None:
-    """Raises OSError now rather than after the work is done."""
-    for file in map(Path, filter(None, files)):
-        try:
-            is_new = not file.exists()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(file, "a", encoding="utf-8"):
-                pass
-            if is_new:
-                file.unlink()
-        except OSError as e:
-            raise OSError(f"{file}: cannot be written ({e.strerror or e}); choose another path") from None
 
 
 def write_result(out, messages, generated, seed: int, tokenizer, count: int) -> None:

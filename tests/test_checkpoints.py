@@ -172,7 +172,7 @@ def damage_model_type(d):
 
 def damage_size(d):
     edit_config(d, hidden_size="128")
-    return "config.json: field 'hidden_size' must be a positive integer, found '128'"
+    return "config.json: field 'hidden_size' must be a positive integer, .*found '128'"
 
 
 def damage_heads(d):

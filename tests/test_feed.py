@@ -58,6 +58,8 @@ def corpus(spec, hold_out=0, seed=1, skip=False):
 class Plain(feed.StreamedFeed):
     """Micro-batches of three texts: all of a stream but the tokenizer."""
 
+    digest = "of the records"
+
     def __init__(self, corpus, rank=0, world=1, group=1, stored=None, step=0):
         self.ranks = SimpleNamespace(rank=rank, world=world, gather=lambda part: [part])
         self.args = SimpleNamespace(gradient_accumulation_steps=group // world, pad_len=None)
@@ -454,7 +456,7 @@ def test_a_corpus_that_is_too_small_or_has_changed(tmp_path):
 
 
 def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(feed, "LONGEST_LINE", 100)
+    monkeypatch.setattr(data, "LONGEST_LINE", 100)
     file = jsonl(tmp_path / "a.jsonl", ["short", "long " * 40])
     with pytest.raises(ValueError, match=r"byte 18: a line of more than"):
         an_epoch(corpus(file), 1)
