@@ -146,7 +146,7 @@ def open_run(args, ranks: Ranks) -> SimpleNamespace | None:
     parallel_model = ParallelModel(model, args.parallel, ranks, args.reshard_after_forward)
     optimizer = parallel.adamw(model, lr=args.learning_rate, beta2=args.adam_beta2, weight_decay=args.weight_decay)
     if resume:
-        checkpoints.restore(model, optimizer, resume, state)
+        checkpoints.restore(model, optimizer, resume)
     batches.begin(state["step"], state.get("data"))
     checkpoints.clear_output(out, args, ranks)
     return SimpleNamespace(

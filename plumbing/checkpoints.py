@@ -40,7 +40,7 @@ from plumbing import methods
 from plumbing.config import check_field, complete_config, config_as_json, disk_name, naming, read_config
 from plumbing.tokenizer import Tokenizer, load_tokenizer, read_json
 
-STATE, MOMENTS, SUMS = "train_state.json", "optimizer.safetensors", "SHA256SUMS"
+STATE, SUMS = "train_state.json", "SHA256SUMS"
 
 # ---------------------------------------------------------------------------------------------------- whole files
 
@@ -69,7 +69,6 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, value) -> None:
-    """In a folder that is being made by `replacing`."""
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -344,11 +343,13 @@ def open_for_training(args, directory: Path, resume: Path | None) -> nn.Module:
 
 
 def save(model: nn.Module, directory: str, state: dict | None = None) -> None:
-    """config.json and model.safetensors. state: the full state dict where the model itself holds only shards of it."""
+    """config.json and model.safetensors, or adapters. state: all of it, where the model itself holds only shards."""
     directory, kind, state = Path(directory), naming(model.config), state or model.state_dict()
     directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / "model.safetensors", {disk_name(kind, name): state[name] for name in state})
     write_json(directory / "config.json", config_as_json(model.config))
+    if hasattr(model, "lora"):
+        return save_adapters(model, directory, state)
+    write_tensors(directory / "model.safetensors", {disk_name(kind, name): state[name] for name in state})
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -375,27 +376,20 @@ def adapted_names(model: nn.Module) -> dict[str, str]:
     return {name: name for name in names if not name.startswith("model.")} | adapters
 
 
-def save_adapters(model: nn.Module, directory: str, base: str, state: dict | None = None) -> None:
-    """Adapters and heads alone. base: the checkpoint they belong to, a directory or a hub id.
-
-    state: the full state dict where the model itself holds only shards of it.
-    """
-    directory, state = Path(directory), state or model.state_dict()
-    directory.mkdir(parents=True, exist_ok=True)
+def save_adapters(model: nn.Module, directory: Path, state: dict) -> None:
+    """Adapters and heads alone. model.base: the checkpoint they belong to, a directory or a hub id."""
     config = model.lora | {
         "peft_type": "LORA",
-        "base_model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base,
+        "base_model_name_or_path": os.path.abspath(model.base) if os.path.isdir(model.base) else model.base,
         "target_modules": sorted({name.rpartition(".")[2] for name in lora.adapted_layers(model)}),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    adapters = {theirs: state[name] for name, theirs in adapted_names(model).items() if ".lora_" in name}
-    heads = {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
-    write_tensors(directory / "adapter_model.safetensors", adapters)
-    write_tensors(directory / "heads.safetensors", heads)
+    for file, is_adapter in (("adapter_model.safetensors", True), ("heads.safetensors", False)):
+        names = {name: theirs for name, theirs in adapted_names(model).items() if (".lora_" in name) == is_adapter}
+        write_tensors(directory / file, {theirs: state[name] for name, theirs in names.items()})
     write_json(directory / "adapter_config.json", config)
-    write_json(directory / "config.json", config_as_json(model.config))
 
 
 def read_adapters(directory: Path, find) -> tuple[dict, Path, dict[str, Lazy]]:
@@ -481,7 +475,7 @@ def damage(checkpoint: Path) -> str:
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
         wrong = [name for name in [STATE, *sums] if sums and sha256(checkpoint / Path(name).name) != sums.get(name)]
     except (OSError, ValueError) as e:
-        return str(e)
+        return f"{checkpoint / SUMS}: {e}"
     if wrong:
         return f"{checkpoint / wrong[0]}: not as it was written"
     return "" if step_of(checkpoint) < math.inf else f"{checkpoint / STATE}: no step and args of a run in it"
@@ -539,12 +533,9 @@ def save_run(out: Path, name: str, model: parallel.ParallelModel, tokenizer, opt
                 older = out / f"checkpoint-{step_of(target)}"
                 remove(target) if older.exists() else os.replace(target, older)
             with replacing(target) as partial:
-                if args.lora:
-                    save_adapters(model.plain, partial, model.plain.base, weights)
-                else:
-                    save(model.plain, partial, weights)
+                save(model.plain, partial, weights)
                 tokenizer.save(partial)
-                write_tensors(partial / MOMENTS, moments)
+                write_tensors(partial / "optimizer.safetensors", moments)
                 write_json(partial / STATE, state | {"args": vars(args)})
                 sums = [f"{sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
                 (partial / SUMS).write_text("".join(sums), encoding="utf-8")
@@ -572,15 +563,9 @@ def state_of(args, resume: Path, steps: int, ranks) -> dict | None:
     return state
 
 
-def restore(model: nn.Module, optimizer, checkpoint: Path, state: dict) -> None:
-    """The optimizer as it was when the checkpoint of a run was written. state: of its train_state.json."""
-    file, shapes = checkpoint / MOMENTS, {name: p.shape for name, p in model.named_parameters()}
-    stored = tensors_of(file)
-    if not stored and state["step"] > state.get("log", {}).get("skipped", 0):
-        raise ValueError(f"{file}: holds no moments, although steps were made; take an earlier checkpoint")
-    for name, tensor in stored.items():
-        parameter, _, moment = name.rpartition(".")
-        tensor.check(*(() if moment == "step" else shapes.get(parameter, tensor.meta.shape)))
+def restore(model: nn.Module, optimizer, checkpoint: Path) -> None:
+    """The optimizer as it was when the checkpoint of a run was written."""
+    stored = tensors_of(checkpoint / "optimizer.safetensors")
     parallel.restore_moments(model, optimizer, {name: t.read().clone() for name, t in stored.items()})
 
 

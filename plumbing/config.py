@@ -4,8 +4,7 @@
     config_as_json    and back again, with the fields that nothing here reads
     disk_name         our name of a parameter -> its name in a file
 
-A config was perhaps made by somebody else. So whatever is wrong in it, a layer count of ten million included, must be
-seen before a model is made of it. What that would compute otherwise than its authors' code is refused, too.
+Whatever is wrong in it, a layer count of ten million included, must be seen before a model is made of it.
 """
 
 import re
