@@ -51,7 +51,7 @@ from tqdm import tqdm
 import data
 import toy
 from plumbing import checkpoints, cli, execution, methods
-from sample import check_writable, draft_ids
+from sample import draft_ids
 
 # --------------------------------------------------------------------------- finding the answer, and judging it
 #
@@ -553,10 +553,11 @@ def main(argv=None) -> None:
     texts = read_texts(args.data[LIKELIHOOD], args.limit) if alone else []
     samples = {} if alone else {name: load_samples(name, source, *which) for name, source in args.data.items()}
     out = Path(args.output_dir)
-    check_writable(out / "summary.json")
+    checkpoints.check_writable(out / "summary.json", f"--output_dir {out}")
     for name in samples:
-        check_writable(out / f"{name}.rank{rank}.jsonl")
+        checkpoints.check_writable(out / f"{name}.rank{rank}.jsonl", f"--output_dir {out}")
         read_rows(name, out)  # raises for a broken file of an earlier run
+    checkpoints.lock(out / f".rank{rank}.lock")
     checkpoint = checkpoints.local_path(args.path)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model, tokenizer = checkpoints.open_for_inference(checkpoint, device, args.bf16)
@@ -577,7 +578,8 @@ def main(argv=None) -> None:
     if rank == 0:
         tasks = {name: report(name, samples[name], args) for name in samples}
         settings = {name: settings for name, (settings, _) in prepared.items()}
-        checkpoints.write_json(out / "summary.json", {"args": vars(args), "settings": settings, "tasks": tasks})
+        summary = {"args": vars(args), "settings": settings, "tasks": tasks}
+        checkpoints.write_whole(out / "summary.json", json.dumps(summary, indent=2, sort_keys=True) + "\n")
         print(f"answers, verdicts and summary written to {out}")
 
 

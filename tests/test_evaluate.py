@@ -524,7 +524,7 @@ def test_evalplus_is_asked_where_it_is_installed(standing_in, files, tmp_path, m
     [
         (["--task", "gsm8k", "--data_dir", "nowhere"], "nowhere/gsm8k_test.jsonl: no such file"),
         (["--task", "gsm8k", "--data", "gsm8k=nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["--task", "toy", "--output_dir", "/proc/nowhere"], "/proc/nowhere/summary.json: cannot be written"),
+        (["--task", "toy", "--output_dir", "/proc/nowhere"], "--output_dir /proc/nowhere: cannot be written"),
         (["--task", "toy", "--path", "/nowhere"], "/nowhere: no such directory"),
     ],
 )

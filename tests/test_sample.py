@@ -409,4 +409,4 @@ def test_files_that_cannot_be_written_are_found_before_the_model_is_read(tmp_pat
     monkeypatch.setattr(checkpoints, "load", lambda *a, **k: pytest.fail("the model was read first"))
     for flag in ("--output", "--make_gif", "--make_html", "--save_trace"):
         path = tmp_path / "file/below"
-        assert f"{path}: cannot be written" in refused("editflow", flag, path)
+        assert f"{flag} {path}: cannot be written to" in refused("editflow", flag, path)
