@@ -143,6 +143,7 @@ def open_run(args, ranks: Ranks) -> SimpleNamespace | None:
     if args.compile:
         for layer in model.model.layers:
             layer.compile(dynamic=True)
+    ranks.barrier()  # one may have fetched the model or the data much longer than another
     parallel_model = ParallelModel(model, args.parallel, ranks, args.reshard_after_forward)
     optimizer = parallel.adamw(model, lr=args.learning_rate, beta2=args.adam_beta2, weight_decay=args.weight_decay)
     if resume:
@@ -152,7 +153,7 @@ def open_run(args, ranks: Ranks) -> SimpleNamespace | None:
     return SimpleNamespace(
         args=args, ranks=ranks, out=out, method=method, settings=settings, tokenizer=tokenizer, feed=batches,
         model=parallel_model, optimizer=optimizer, autocast=bf16_autocast(args.bf16, model, ranks),
-        log=Log(out, state, steps, args, ranks), stop=StopSignal(ranks, feed.stop_requested.set),
+        log=Log(out, state, steps, args, ranks), stop=StopSignal(ranks),
         first_step=state["step"], steps=steps, eval_every=eval_every, save_every=save_every,
         position=batches.position(),  # of the feed, where the next step begins
     )  # fmt: skip

@@ -27,7 +27,7 @@ import io
 import json
 import math
 import os
-import threading
+import time
 from collections.abc import Iterator
 from itertools import chain, count, islice, takewhile
 from pathlib import Path
@@ -40,14 +40,13 @@ from huggingface_hub.utils import build_hf_headers
 
 import data
 import toy
+from parallel import StopSignal
 
 SHARDS = 16
 PIECE = 1 << 20  # bytes, at most; small corpora are cut finer
 BUFFER_RECORDS, BUFFER_CHARACTERS = 1000, 1 << 20
 EMPTY_EPOCHS = 5  # in a row in which a shard may come out empty, as happens with few and long records
 WAITS = (0, 0.5, 1, 2, 4, 8)  # seconds before each attempt to read a remote file
-
-stop_requested = threading.Event()  # set when the run is to stop: nobody waits for a remote file any more
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -62,12 +61,15 @@ def fetch(url: str, start: int, end: int) -> tuple[bytes, int]:
     if url.startswith(f"{constants.ENDPOINT}/"):
         headers |= build_hf_headers()  # the token; where the hub points to another server, the client drops it
     for wait in WAITS:
-        if stop_requested.wait(wait):
+        again = time.monotonic() + wait
+        while time.monotonic() < again and not StopSignal.requested:
+            time.sleep(0.05)
+        if StopSignal.requested:
             raise OSError(f"{url}: interrupted")
         try:
             with get_session().stream("GET", url, headers=headers, timeout=5) as answer:
                 parts = answer.iter_raw() if answer.status_code == 206 else ()
-                body = b"".join(takewhile(lambda _: not stop_requested.is_set(), parts))
+                body = b"".join(takewhile(lambda _: not StopSignal.requested, parts))
         except Exception as e:  # the client raises a dozen unrelated classes
             reason = f"{type(e).__name__}: {e}"
             continue

@@ -267,7 +267,7 @@ class Server:
 def little_patience(monkeypatch):
     monkeypatch.setattr(feed, "WAITS", (0, 0.01, 0.02, 0.02, 0.02, 0.02))
     yield
-    feed.stop_requested.clear()
+    feed.StopSignal.requested = False
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "parquet"])
@@ -296,7 +296,7 @@ def test_a_fault_that_lasts_and_requests_that_cannot_succeed(tmp_path):
 
 def test_a_stop_request_ends_the_waiting(tmp_path, monkeypatch):
     monkeypatch.setattr(feed, "WAITS", (0, 3600))
-    with Server(tmp_path, lambda path: feed.stop_requested.set() or "503") as server:
+    with Server(tmp_path, lambda path: setattr(feed.StopSignal, "requested", True) or "503") as server:
         with pytest.raises(OSError, match=r"a.jsonl: interrupted"):
             corpus(f"{server.url}/a.jsonl")
         assert len(server.asked) == 1
