@@ -188,9 +188,11 @@ class Sample:
     key: str = ""  # hash of all that the answer depends on
 
 
-def load_samples(name: str, source: str, limit: int | None, seed: int, system: str | None) -> list[Sample]:
-    """The first `limit` samples of a task, from a file, folder or hub dataset. system: instead of the task's. Raises
-    ValueError / OSError naming the file and line."""
+def load_samples(
+    name: str, source: str, limit: int | None, seed: int, system: str | None, named: tuple = ()
+) -> list[Sample]:
+    """The first `limit` samples of a task, from a file, folder or hub dataset. system: instead of the task's; named: the
+    fields of question and answer, likewise. Raises ValueError / OSError naming the file and line."""
     task = TASKS[name]
     if task.package and not importlib.util.find_spec(task.package):
         raise ValueError(f"--task {name} needs {task.package} to judge answers: pip install {task.package}")
@@ -199,7 +201,7 @@ def load_samples(name: str, source: str, limit: int | None, seed: int, system: s
     else:
         files = data.data_files(source)
         files = [file for file in files if "test" in file.name] or files
-        records = [checked(task, *line) for file in files for line in data.read_file(file)][:limit]
+        records = [checked(task, *line, named) for file in files for line in data.read_file(file)][:limit]
         if not records:
             raise ValueError(f"{files[0]}: no record in it")
     system = task.system if system is None else system
@@ -213,13 +215,16 @@ def load_samples(name: str, source: str, limit: int | None, seed: int, system: s
     return samples
 
 
-def checked(task: Task, place: str, record) -> dict:
-    """The record, if it is one of this task."""
+def checked(task: Task, place: str, record, named: tuple = ()) -> dict:
+    """The record, if it is one of this task, with the fields under their usual names."""
     if isinstance(record, ValueError):
         raise ValueError(f"{place}: {record}")
+    for usual, field in zip(task.fields, named):
+        if field and isinstance(record, dict):
+            record[usual] = record.get(field)
     for field in task.fields:
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise ValueError(f"{place}: needs text in field {field!r}; is this the right file for the task?")
+            raise ValueError(f"{place}: needs text in field {field!r}, or in the one that --prompt_field or --response_field names")
     if not isinstance(record.get("draft"), str | None):
         raise ValueError(f"{place}: the field 'draft' must hold text")
     for field in ("test_list", "test_imports"):  # of mbpp, both optional
@@ -251,9 +256,10 @@ def prepare(model, tokenizer, args, name: str, samples: list[Sample]) -> tuple[d
     method = methods.of(model)
     flags = argparse.Namespace(**vars(args) | {"init_num": args.init_num or TASKS[name].init_num})
     settings = methods.sampling_settings(method, flags, model, tokenizer)
+    written = {name: getattr(args, name) for name in ("bf16", "chat_template", "raw_control_tokens")}
 
     def encode(samples: list[Sample]) -> tuple[list, list | None]:
-        prompts = [data.encode_prompt(s.messages, tokenizer) for s in samples]
+        prompts = data.encode_prompts([s.messages for s in samples], tokenizer)
         drafts = [s.record.get("draft") for s in samples]
         return prompts, None if None in drafts else [draft_ids(tokenizer, draft) for draft in drafts]
 
@@ -268,7 +274,7 @@ def prepare(model, tokenizer, args, name: str, samples: list[Sample]) -> tuple[d
 
     prompts, drafts = encode(samples)
     methods.check_lengths(method, prompts, settings, drafts, names=[f"question {s.id}" for s in samples])
-    return vars(settings) | {"bf16": args.bf16}, generate
+    return vars(settings) | written, generate
 
 
 def read_rows(name: str, out: Path) -> dict[str, dict]:
@@ -403,6 +409,7 @@ def parse_args(argv=None):
     f.integer("--show_answers", low=0, default=0, help="print so many answers of each task")
     f.flag("--bf16", default=torch.cuda.is_available(), help="weights in bfloat16")
     f.flag("--allow_code_execution", help="run the generated programs, which execution.py confines")
+    data.add_flags(f)
     methods.sampling_flags(f, temperature=0.0)
     args = f.parse_args(argv)
     given = [item.partition("=")[::2] for item in args.data]
@@ -419,7 +426,7 @@ def parse_args(argv=None):
 def main(argv=None) -> None:
     args = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    which = args.limit, args.seed, args.system_prompt
+    which = args.limit, args.seed, args.system_prompt, (args.prompt_field, args.response_field)
     samples = {name: load_samples(name, source, *which) for name, source in args.data.items()}
     out = Path(args.output_dir)
     for name in samples:
@@ -428,6 +435,7 @@ def main(argv=None) -> None:
     checkpoint = checkpoints.local_path(args.path)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model, tokenizer = checkpoints.open_for_inference(checkpoint, device, args.bf16)
+    tokenizer.configure(args.chat_template, args.raw_control_tokens)
     prepared = {name: prepare(model, tokenizer, args, name, samples[name]) for name in samples}
     for name, (settings, generate) in prepared.items():
         set_keys(samples[name], settings, checkpoint)

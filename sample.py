@@ -30,8 +30,7 @@ def parse_args(argv=None):
         f.choice("--prompt", type=cli.text, nargs="+", help="one or more prompts; without any: text from scratch")
         f.choice("--prompt_file", help="many prompts in one batch: one per line (.txt) or record (.jsonl, .json, ...)")
         f.flag("--interactive", help="chat on the terminal; an empty line generates from scratch")
-    f.flag("--chat_template", default=True,
-           help="wrap prompts in the checkpoint's chat template, if it was trained with one")
+    data.add_flags(f)
     f.choice("--draft", type=cli.text, help="a text to start from instead of masks or nothing (Edit Flows)")
     f.integer("--num_samples", low=1, default=1, help="texts per prompt, with seeds seed, seed + 1, ...")
     f.integer("--batch_size", low=1, default=32, help="texts generated at once")
@@ -71,11 +70,8 @@ class Sampler:
     def __init__(self, directory: Path, args, device: str):
         self.model, self.tokenizer = checkpoints.open_for_inference(directory, device, args.bf16)
         self.method, self.args = methods.of(self.model), args
+        self.tokenizer.configure(args.chat_template, args.raw_control_tokens)
         self.settings = methods.sampling_settings(self.method, args, self.model, self.tokenizer)
-
-    def prompt(self, messages: list[dict]) -> list[int]:
-        """A conversation as the model was trained to see it; without messages the beginning-of-text token alone."""
-        return data.encode_prompt(messages, self.tokenizer, chat_template=self.args.chat_template)
 
     def generate(self, prompts, seeds, drafts=None, on_step=None):
         methods.check_lengths(self.method, prompts, self.settings, drafts)
@@ -94,9 +90,10 @@ def draft_ids(tokenizer, draft: str) -> list[int]:
 def main(argv=None):
     args = parse_args(argv)
     check_writable(args.output if args.output != "-" else None, args.make_gif, args.make_html)
+    named = data.named_fields(args)
     conversations = [[{"role": "user", "content": p}] for p in args.prompt or []] or [[]]
     if args.prompt_file:
-        conversations = data.read_prompts(args.prompt_file)
+        conversations = data.read_prompts(args.prompt_file, named)
         if not conversations:
             raise ValueError(f"{args.prompt_file}: holds no prompt")
     directory = checkpoints.local_path(args.model_name_or_path)
@@ -104,7 +101,8 @@ def main(argv=None):
     if args.interactive:
         return interact(sampler)
 
-    jobs = [(c, sampler.prompt(c), args.seed + k) for c in conversations for k in range(args.num_samples)]
+    asked = list(zip(conversations, data.encode_prompts(conversations, sampler.tokenizer)))
+    jobs = [(c, ids, args.seed + k) for c, ids in asked for k in range(args.num_samples)]
     draft = None if args.draft is None else draft_ids(sampler.tokenizer, args.draft)
     names = [f"the prompt {c[-1]['content'][:40]!r}" if c else "a prompt" for c, _, _ in jobs]
     prompts, drafts = [ids for _, ids, _ in jobs], None if draft is None else [draft] * len(jobs)
@@ -177,7 +175,7 @@ def write_result(out, messages, generated, seed: int, tokenizer, count: int) -> 
 
 def interact(sampler: Sampler) -> None:
     """A conversation on the terminal. Every answer is written before one's eyes; /clear forgets, Ctrl-D ends."""
-    templated = sampler.args.chat_template and sampler.tokenizer.chat_template is not None
+    templated = sampler.tokenizer.writes_chats
     kind = "Chat." if templated else "Raw continuation."
     print(kind, "An empty line generates from scratch; /clear forgets the conversation; Ctrl-D ends.")
     history, turn = [], 0
@@ -192,7 +190,7 @@ def interact(sampler: Sampler) -> None:
             continue
         messages = [*history, {"role": "user", "content": line}] if line else []
         try:
-            ids = sampler.prompt(messages)
+            ids = data.encode_prompt(messages, sampler.tokenizer)
             trace = sampler.trace(ids, live=sys.stdout)
             on_step = trace.on_step if trace.screen else None
             text = sampler.generate([ids], [sampler.args.seed + turn], on_step=on_step)[0]
