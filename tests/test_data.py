@@ -102,10 +102,12 @@ FORM_CASES = [
     ("text", {"text": "T", "prompt": "without a response"}, {"text": "T"}),
     ("text", {"text": "T", "draft": "D"}, {"messages": [], "response": "T", "draft": "D"}),
     ("history/response", {"history": USER, "response": "A"}, ANSWER),
-    ("history/response", {"history": USER, "response": "A", "source": "D"}, ANSWER | {"draft": "D"}),
+    ("history/response", {"history": USER, "response": "A", "source": "where it comes from"}, ANSWER),
     ("history/response", {"history": [], "response": "A"}, ANSWER | {"messages": []}),
     ("messages", {"messages": [*USER, {"role": "assistant", "content": "A"}]}, ANSWER),
+    ("messages", {"messages": [*USER, {"role": "assistant", "content": "A"}], "source": "where it comes from"}, ANSWER),
     ("prompt/response", {"prompt": "Q", "response": "A"}, ANSWER),
+    ("prompt/response", {"prompt": "Q", "response": "A", "source": "D"}, ANSWER | {"draft": "D"}),
     ("prompt/response", {"prompt": "Q", "response": "A", "draft": "", "source": "no"}, ANSWER | {"draft": ""}),
     ("prompt/response", {"prompt": "Q", "response": "A", "source": {"url": "provenance, not a draft"}}, ANSWER),
     ("question/answer", {"question": "Q", "answer": "A"}, ANSWER),
@@ -122,7 +124,7 @@ FORM_CASES = [
 @pytest.mark.parametrize(("form", "record", "normal"), FORM_CASES)
 def test_every_record_form(form, record, normal, tmp_path):
     path = jsonl(tmp_path / "data.jsonl", [record])
-    assert data.detect_form(record) == form
+    assert data.detect_form(record) == (form, data.FORMS[form])
     unit = "dialogues" if "messages" in normal else "documents"
     assert data.load_records(path) == ([normal], [], [f"{path}: 1 {unit} to train on, 0 held out"])
 
@@ -135,7 +137,7 @@ def test_the_form_of_a_record_depends_on_nothing_else(tmp_path):
 
 def test_a_text_field_can_be_named(tmp_path):
     path = jsonl(tmp_path / "data.jsonl", [{"Text": "T", "prompt": "Q", "response": "A", "text": "t"}])
-    assert data.load_records(path, text_field="Text")[0] == [{"text": "T"}]
+    assert data.load_records(path, named=("Text",))[0] == [{"text": "T"}]
     assert data.load_records(path)[0] == [ANSWER]
 
 
@@ -399,7 +401,9 @@ def test_dialogues_become_prompt_and_response(bpe):
     assert bpe.decode(example.response, skip_special=False) == "12 bottles<|im_end|>"
     assert bpe.decode(example.draft, skip_special=False) == "13 beer<|im_end|>"
     assert example.prompt == data.encode_prompt(DIALOGUE, bpe)
-    [raw] = data.encode([record], bpe, max_length=200, chat_template=False, insert_eos=False).examples
+    without = Tokenizer(bpe.backend, bpe.config, bpe.chat_template)
+    without.configure(chat_template=False)
+    [raw] = data.encode([record], without, max_length=200, insert_eos=False).examples
     text = 'Be brief.\nHow many bottles?\n\n 12 \nUnd "größer"?'
     assert bpe.decode(raw.prompt, skip_special=False) == "<|bos|>" + text
     assert bpe.decode(raw.response, skip_special=False) == "12 bottles"

@@ -51,11 +51,11 @@ def test_byte_level_bpe_gives_every_text_back(bpe, text):
 
 
 def test_special_tokens_have_ids_and_names(bpe):
-    end = bpe.encode("<|im_end|>")[0]
+    end = bpe.backend.token_to_id("<|im_end|>")
     assert special_ids(bpe) == [1, 0, end, 3, 4], "the chat template ends messages with <|im_end|>"
     without = Tokenizer(bpe.backend, bpe.config, chat_template=None)
-    assert without.eos_id == bpe.encode("<|eos|>")[0]
-    ids = bpe.encode("12 bottles<|mask|> of")
+    assert without.eos_id == bpe.backend.token_to_id("<|eos|>")
+    ids = bpe.encode("12 bottles<|mask|> of", control=True)
     assert bpe.pieces(ids)[-2:] == ["<|mask|>", " of"]
     assert bpe.decode(ids) == "12 bottles of"
     assert bpe.decode(ids, skip_special=False) == "12 bottles<|mask|> of"
@@ -74,7 +74,7 @@ def test_pieces_join_to_the_text(bpe, text):
 def assert_same_ids_and_texts(ours, oracle, texts):
     for text in texts:
         ids = oracle.encode(text, add_special_tokens=False)
-        assert ours.encode(text) == ids
+        assert ours.encode(text, control=True) == ids
         for skip in (True, False):
             assert ours.decode(ids, skip) == oracle.decode(ids, skip_special_tokens=skip)
 
@@ -144,7 +144,7 @@ def test_add_tokens_fills_only_the_roles_that_are_empty(tmp_path):
     assert added == {"<new-bos>": size, "<x>": size + 1}
     assert (tokenizer.bos_id, tokenizer.vocab_size) == (size, size + 2)
     tokenizer.save(tmp_path)
-    assert load_tokenizer(tmp_path).encode("<x>a<new-bos>")[::2] == [size + 1, size]
+    assert load_tokenizer(tmp_path).encode("<x>a<new-bos>", control=True)[::2] == [size + 1, size]
 
 
 def test_tokens_and_template_of_older_folders_are_found(bpe, tmp_path):
@@ -160,7 +160,7 @@ def test_tokens_and_template_of_older_folders_are_found(bpe, tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.pad_id, tokenizer.decode([tokenizer.eos_id], False)) == (1, 0, "<|eos|>")
     assert tokenizer.chat(DIALOGUE) == "D"
-    assert tokenizer.encode("<late>") == [bpe.vocab_size]
+    assert tokenizer.encode("<late>", control=True) == [bpe.vocab_size]
 
 
 @pytest.fixture(scope="module")
@@ -192,19 +192,19 @@ def test_sentencepiece_encodes_as_the_library_does(spm, text):
 
 def test_sentencepiece_takes_special_tokens_and_is_saved_with_them(spm, tmp_path):
     tokenizer = load_tokenizer(spm)
-    assert len(tokenizer.encode("<|mask|>")) > 1, "not known yet"
+    assert len(tokenizer.encode("<|mask|>", control=True)) > 1, "not known yet"
     added = tokenizer.add_tokens({"mask": "<|mask|>", "del": DEL_TOKEN, "eos": "<no>"})
     assert added == {"<|mask|>": 320, DEL_TOKEN: 321}
     assert tokenizer.vocab_size == 322
     assert special_ids(tokenizer) == [1, None, 2, 320, 321]
-    ids = tokenizer.encode("<s>beer<|mask|>12</s>")
+    ids = tokenizer.encode("<s>beer<|mask|>12</s>", control=True)
     assert ids == [1, *tokenizer.encode("beer"), 320, *tokenizer.encode("12"), 2]
     assert tokenizer.decode(ids, skip_special=False) == "<s>beer<|mask|>12</s>"
     assert tokenizer.decode(ids) == "beer 12"
     assert "".join(tokenizer.pieces(tokenizer.encode("pass it around"))) == "pass it around"
     tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
-    assert again.encode("<s>beer<|mask|>12</s>") == ids
+    assert again.encode("<s>beer<|mask|>12</s>", control=True) == ids
     assert (special_ids(again), again.vocab_size) == ([1, None, 2, 320, 321], 322)
 
 
