@@ -191,8 +191,8 @@ class Sample:
 def load_samples(
     name: str, source: str, limit: int | None, seed: int, system: str | None, named: tuple = ()
 ) -> list[Sample]:
-    """The first `limit` samples of a task, from a file, folder or hub dataset. system: instead of the task's; named: the
-    fields of question and answer, likewise. Raises ValueError / OSError naming the file and line."""
+    """The first `limit` samples of a task, from a file, folder or hub dataset. system: instead of the task's; named:
+    the fields of question and answer, likewise. Raises ValueError / OSError naming the file and line."""
     task = TASKS[name]
     if task.package and not importlib.util.find_spec(task.package):
         raise ValueError(f"--task {name} needs {task.package} to judge answers: pip install {task.package}")
@@ -224,7 +224,7 @@ def checked(task: Task, place: str, record, named: tuple = ()) -> dict:
             record[usual] = record.get(field)
     for field in task.fields:
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise ValueError(f"{place}: needs text in field {field!r}, or in the one that --prompt_field or --response_field names")
+            raise ValueError(f"{place}: needs text in field {field!r}; --prompt_field and --response_field name others")
     if not isinstance(record.get("draft"), str | None):
         raise ValueError(f"{place}: the field 'draft' must hold text")
     for field in ("test_list", "test_imports"):  # of mbpp, both optional
@@ -254,6 +254,7 @@ def prepare(model, tokenizer, args, name: str, samples: list[Sample]) -> tuple[d
     Raises ValueError for the first question that leaves no room for an answer: now, and not when its turn comes.
     """
     method = methods.of(model)
+    tokenizer.configure(args.chat_template, args.raw_control_tokens)
     flags = argparse.Namespace(**vars(args) | {"init_num": args.init_num or TASKS[name].init_num})
     settings = methods.sampling_settings(method, flags, model, tokenizer)
     written = {name: getattr(args, name) for name in ("bf16", "chat_template", "raw_control_tokens")}
@@ -435,7 +436,6 @@ def main(argv=None) -> None:
     checkpoint = checkpoints.local_path(args.path)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model, tokenizer = checkpoints.open_for_inference(checkpoint, device, args.bf16)
-    tokenizer.configure(args.chat_template, args.raw_control_tokens)
     prepared = {name: prepare(model, tokenizer, args, name, samples[name]) for name in samples}
     for name, (settings, generate) in prepared.items():
         set_keys(samples[name], settings, checkpoint)

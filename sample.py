@@ -73,6 +73,10 @@ class Sampler:
         self.tokenizer.configure(args.chat_template, args.raw_control_tokens)
         self.settings = methods.sampling_settings(self.method, args, self.model, self.tokenizer)
 
+    def prompt(self, messages: list[dict]) -> list[int]:
+        """A conversation as the model was trained to see it; without messages the beginning-of-text token alone."""
+        return data.encode_prompt(messages, self.tokenizer)
+
     def generate(self, prompts, seeds, drafts=None, on_step=None):
         methods.check_lengths(self.method, prompts, self.settings, drafts)
         return self.method.generate(self.model, prompts, self.settings, seeds, drafts, on_step)
@@ -190,7 +194,7 @@ def interact(sampler: Sampler) -> None:
             continue
         messages = [*history, {"role": "user", "content": line}] if line else []
         try:
-            ids = data.encode_prompt(messages, sampler.tokenizer)
+            ids = sampler.prompt(messages)
             trace = sampler.trace(ids, live=sys.stdout)
             on_step = trace.on_step if trace.screen else None
             text = sampler.generate([ids], [sampler.args.seed + turn], on_step=on_step)[0]

@@ -4,8 +4,8 @@
 
 Those below are this repository's. Any other came with a checkpoint, from whom nobody knows: it sees nothing but its
 context (Jinja's sandbox), and runs in a process of its own, with limits that hold in the middle of any operation. They
-are the kernel's: SECONDS of processor time for a dialogue, after which a signal that nobody catches ends the process;
-MEMORY bytes of address space (on Linux); and a text of at most ten times what the context holds, and LONGEST characters.
+are the kernel's: SECONDS of processor time for a dialogue, after which a signal that nobody catches ends the process,
+and MEMORY bytes of address space (on Linux). A text may have LONGEST characters beside ten times what its context has.
 `render` starts this file again as a script; a group of dialogues costs one start, a tenth of a second.
 """
 
@@ -22,7 +22,7 @@ from functools import lru_cache
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS, MEMORY, LONGEST = 10, 1 << 30, 100_000
+SECONDS, MEMORY, LONGEST = 5, 1 << 30, 100_000
 
 CHAT_TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}
@@ -107,7 +107,7 @@ def _child() -> None:
         try:
             print(json.dumps(_write(template, json.loads(line))))
         except Exception as error:  # a template is a program and can fail in any way
-            sys.exit(f"{type(error).__name__}: {str(error)[:200]}")
+            sys.exit(f"{type(error).__name__}: {str(error)[:200]}".removesuffix(": "))
 
 
 if __name__ == "__main__":

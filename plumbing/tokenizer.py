@@ -55,8 +55,8 @@ class Tokenizer:
     def configure(self, chat_template: bool | str | None = None, raw_control_tokens: bool = False) -> None:
         """How texts are written from now on; what is said of the template is saved with the tokenizer.
 
-        chat_template: True or False: whether it is used; "published": that of the published ME-DLM processor; "shipped":
-        the one that stood beside the weights; None: as the checkpoint was trained. raw_control_tokens: all text may
+        chat_template: True or False: whether it is used; "published": that of the published ME-DLM processor;
+        "shipped": the one that stood beside the weights; None: as the checkpoint was trained. raw_control_tokens: all text may
         write control tokens, for those who know where theirs comes from. Raises ValueError.
         """
         if chat_template == "published":
@@ -296,9 +296,7 @@ def load_tokenizer(directory, backend=None) -> Tokenizer:
                 backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         known = backend.get_added_tokens_decoder().values()
         control = {*names.values(), *MASK_NAMES, *MESSAGE_TOKENS, *END_OF_MESSAGE, DEL_TOKEN}
-        for token in [token for token in known if token.content in control and not token.special]:
-            token.special = True
-            backend.add_special_tokens([token])
+        backend.add_special_tokens([token for token in known if token.content in control and not token.special])
         if isinstance(template, list):  # of several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         template = written.read_text(encoding="utf-8") if written.exists() else template
@@ -314,10 +312,10 @@ def load_tokenizer(directory, backend=None) -> Tokenizer:
 
 
 def _write_as_published(tokenizer: Tokenizer, kind: str) -> None:
-    """Gives the tokenizer of a checkpoint that was made elsewhere the dialogues of the published systems. kind: of model.
+    """Dialogues as the published systems write them, for a checkpoint that was made elsewhere. kind: of model.
 
-    ME-DLM's processor does not ask the template in its folder (which begins with bos and trims contents). Edit Flows has
-    its own for encoders and LLaDA, here where theirs is missing, and lets Qwen3 answer without thinking.
+    ME-DLM's processor does not ask the template in its folder (which begins with bos and trims contents). Edit Flows
+    has its own for encoders and LLaDA, here where theirs is missing, and lets Qwen3 answer without thinking.
     """
     template = tokenizer.chat_template or ""
     if "llada" in kind and None not in map(tokenizer.backend.token_to_id, (DEL_TOKEN, *MESSAGE_TOKENS)):

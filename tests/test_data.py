@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -80,8 +81,25 @@ def test_any_spec_is_read_or_refused(spec):
     assert message.startswith("dataset spec") if message else all(source.name for source in data.parse_spec(spec))
 
 
+def test_a_configuration_of_a_dataset_is_chosen_by_name(tmp_path, monkeypatch):
+    assert data.parse_spec("o/d[name:main,train:1_0] + e[test:2, name:a-b]") == [
+        Source("o/d", 10, None, "main"), Source("e", None, 2, "a-b")
+    ]  # fmt: skip
+    root = tmp_path / "main" / "snapshots" / "c0ffee"  # before a file's path in its dataset: does not count
+    for name in ("main/train.jsonl", "data/main/b.jsonl", "main-train.jsonl", "mainly.jsonl", "socratic/main.txt.jsonl"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        jsonl(root / name, [{"text": name}])
+    monkeypatch.setattr(data.huggingface_hub, "snapshot_download", lambda *_, **__: str(root))
+    expected = {"main/train.jsonl", "data/main/b.jsonl", "main-train.jsonl", "socratic/main.txt.jsonl"}
+    for name in ("owner/name", str(root)):
+        train, _, _ = data.load_records(f"{name}[name:main,test:0]")
+        assert {record["text"] for record in train} == expected
+    with pytest.raises(ValueError, match=r"no data file of \[name:other\]"):
+        data.load_records(f"{root}[name:other]")
+
+
 def test_broken_specs():
-    for spec in ("", "a + ", "a[train]", "a[train:x]", "a[train:1,train:2]", "a[dev:3]", "a[test:-1]", "a[]b", "a[]"):
+    for spec in ("a[name:]", "a[name:b,name:c]", "a[name:b c]", "", "a + ", "a[train]", "a[train:x]", "a[train:1,train:2]", "a[dev:3]", "a[test:-1]", "a[]b", "a[]"):
         with pytest.raises(ValueError, match=r"dataset spec .* write name\["):
             data.parse_spec(spec)
 
@@ -105,7 +123,7 @@ FORM_CASES = [
     ("history/response", {"history": USER, "response": "A", "source": "where it comes from"}, ANSWER),
     ("history/response", {"history": [], "response": "A"}, ANSWER | {"messages": []}),
     ("messages", {"messages": [*USER, {"role": "assistant", "content": "A"}]}, ANSWER),
-    ("messages", {"messages": [*USER, {"role": "assistant", "content": "A"}], "source": "where it comes from"}, ANSWER),
+    ("messages", {"messages": [*USER, {"role": "assistant", "content": "A"}], "source": "from where"}, ANSWER),
     ("prompt/response", {"prompt": "Q", "response": "A"}, ANSWER),
     ("prompt/response", {"prompt": "Q", "response": "A", "source": "D"}, ANSWER | {"draft": "D"}),
     ("prompt/response", {"prompt": "Q", "response": "A", "draft": "", "source": "no"}, ANSWER | {"draft": ""}),
@@ -139,6 +157,26 @@ def test_a_text_field_can_be_named(tmp_path):
     path = jsonl(tmp_path / "data.jsonl", [{"Text": "T", "prompt": "Q", "response": "A", "text": "t"}])
     assert data.load_records(path, named=("Text",))[0] == [{"text": "T"}]
     assert data.load_records(path)[0] == [ANSWER]
+
+
+def flags(text_field=None, prompt_field=None, response_field=None) -> tuple[str, ...]:
+    return data.named_fields(SimpleNamespace(**locals()))
+
+
+def test_question_and_answer_fields_can_be_named(tmp_path):
+    record = {"problem": "Q", "solution": "A", "answer": "7", "text": "all of it", "draft": "D"}
+    path = jsonl(tmp_path / "data.jsonl", [record])
+    named = flags(prompt_field="problem", response_field="solution")
+    assert data.load_records(path, named=named)[0] == [ANSWER | {"draft": "D"}]
+    [other], _, _ = data.load_records(path, named=flags(prompt_field="problem", response_field="answer"))
+    assert other["response"] == "7"
+    assert data.read_prompts(path, flags(prompt_field="problem")) == [USER]
+    for field, wrong in (("response", flags(prompt_field="problem")), ("prompt", flags(response_field="solution"))):
+        with pytest.raises(ValueError, match=rf"data\.jsonl:1: field '{field}' must be text, found no such field"):
+            data.load_records(path, named=wrong)
+    with pytest.raises(ValueError, match="--text_field names a document"):
+        flags("text", "problem")
+    assert flags() == ()
 
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
@@ -475,6 +513,8 @@ def test_pad_response():
     example = Example([1], [5, 6, 7])
     assert data.pad_response(example, 4, 0).response == [5, 6, 7, 0]
     assert data.pad_response(example, 3, 0) == example
+    for pad_len, pads in ((4, 1), (3, 3), (1, 1)):
+        assert data.pad_response(example, pad_len, 0, at_least_one=True).response == [5, 6, 7] + [0] * pads
     assert data.pad_response(example, 8, 0, max_length=6).response == [5, 6, 7, 0, 0]
     assert example.response == [5, 6, 7]
 
