@@ -213,16 +213,13 @@ def data_files(name: str, hub_files=None, config: str | None = None) -> list:
             raise OSError(f"{name}: no such file or folder, and no such dataset from the hub ({reason})") from error
     files = [file for file in files if suffix(file) in READERS and (file == path or file.name.lower() not in NOT_DATA)]
     if config:
-        inside = rf"^{re.escape(name)}|/snapshots/\w+/|/resolve/\w+/"  # what stands before a file's path in its dataset
-        files = [file for file in files if _is_of(config, re.split(inside, str(file))[-1])]
+        # what stands before a file's path in its dataset
+        inside = rf"^{re.escape(name)}|/snapshots/\w+/|/resolve/\w+/"
+        is_its = re.compile(rf"(.*/)?{re.escape(config)}(?![A-Za-z0-9])([^/]*|/.*)")
+        files = [file for file in files if is_its.fullmatch(re.split(inside, str(file))[-1])]
     if not files:
         raise ValueError(f"{name}: no data file{f' of [name:{config}]' if config else ''}; use {FORMATS}")
     return files
-
-
-def _is_of(config: str, path: str) -> bool:
-    *folders, file = path.split("/")
-    return config in folders or re.match(rf"{re.escape(config)}(?![A-Za-z0-9])", file) is not None
 
 
 def _inside(path: Path) -> list[Path]:
@@ -258,23 +255,23 @@ FORMS = {  # the fields that make a record one of these, tried in this order: qu
 
 
 def add_flags(f, chat_template: bool | None = None) -> None:
-    """How records are read and texts are written. f: a cli.Flags; chat_template: the default, None: as was trained."""
+    """How records are read and texts written. f: a cli.Flags; chat_template: the default (None: as it was trained)."""
     f.choice("--prompt_field", help="field of a record that holds the question")
     f.choice("--response_field", help="field of a record that holds the answer")
     f.flag("--chat_template", default=chat_template, words=("published", "shipped"),
-           help="write dialogues in the checkpoint's chat template; or in that of the published ME-DLM processor, or in "
-           "the one shipped beside the weights")
+           help="write dialogues in the checkpoint's chat template; or as the published ME-DLM processor does, or in the "
+           "template shipped beside the weights")
     f.flag("--raw_control_tokens", help="<|im_end|> and the like in prompts and records are tokens, not letters")
 
 
 def named_fields(args) -> tuple[str, ...]:
-    """What the flags --text_field, --prompt_field and --response_field name: the field of a document, or those of a
-    question and its answer; () where the form of each record is to be detected. Raises ValueError."""
-    if args.prompt_field or args.response_field:
-        if getattr(args, "text_field", None):
-            raise ValueError("--text_field names a document; leave out --prompt_field and --response_field")
-        return args.prompt_field or "prompt", args.response_field or "response"
-    return (args.text_field,) if getattr(args, "text_field", None) else ()
+    """What the flags name: the field of a document, or those of a question and its answer; () where the form of each
+    record is to be detected. Raises ValueError."""
+    if not (args.prompt_field or args.response_field):
+        return (args.text_field,) if args.text_field else ()
+    if args.text_field:
+        raise ValueError("--text_field names a document; leave out --prompt_field and --response_field")
+    return args.prompt_field or "prompt", args.response_field or "response"
 
 
 def detect_form(record, named: tuple = ()) -> tuple[str, tuple[str, ...]]:

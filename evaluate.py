@@ -219,12 +219,11 @@ def checked(task: Task, place: str, record, named: tuple = ()) -> dict:
     """The record, if it is one of this task, with the fields under their usual names."""
     if isinstance(record, ValueError):
         raise ValueError(f"{place}: {record}")
-    for usual, field in zip(task.fields, named):
-        if field and isinstance(record, dict):
-            record[usual] = record.get(field)
-    for field in task.fields:
+    names = dict(zip(task.fields, task.fields)) | {usual: name for usual, name in zip(task.fields, named) if name}
+    for field in names.values():
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             raise ValueError(f"{place}: needs text in field {field!r}; --prompt_field and --response_field name others")
+    record |= {usual: record[field] for usual, field in names.items()}
     if not isinstance(record.get("draft"), str | None):
         raise ValueError(f"{place}: the field 'draft' must hold text")
     for field in ("test_list", "test_imports"):  # of mbpp, both optional

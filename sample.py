@@ -30,6 +30,7 @@ def parse_args(argv=None):
         f.choice("--prompt", type=cli.text, nargs="+", help="one or more prompts; without any: text from scratch")
         f.choice("--prompt_file", help="many prompts in one batch: one per line (.txt) or record (.jsonl, .json, ...)")
         f.flag("--interactive", help="chat on the terminal; an empty line generates from scratch")
+    f.choice("--text_field", help="field of a record of --prompt_file that holds a prompt alone")
     data.add_flags(f)
     f.choice("--draft", type=cli.text, help="a text to start from instead of masks or nothing (Edit Flows)")
     f.integer("--num_samples", low=1, default=1, help="texts per prompt, with seeds seed, seed + 1, ...")

@@ -62,8 +62,8 @@ def parse_args(argv=None):
     f.group("data")
     f.text("--dataset_args", "--train_file", read=data.parse_spec, default="toy",
            help="files, folders, hub ids or `toy`: name[train:N,test:M] + other")
-    f.choice("--text_field", default=None, help="field of a record that holds plain text")
     f.flag("--insert_eos", default=True, help="end texts and responses with the end-of-message token")
+    f.choice("--text_field", help="field of a record that holds plain text")
     data.add_flags(f, chat_template=True)
     f.flag("--streaming", help="read the data bit by bit and never hold it: files, URLs, hub ids; needs --max_steps")
     f.flag("--skip_bad_records", help="count and skip broken records instead of stopping")

@@ -56,8 +56,8 @@ class Tokenizer:
         """How texts are written from now on; what is said of the template is saved with the tokenizer.
 
         chat_template: True or False: whether it is used; "published": that of the published ME-DLM processor;
-        "shipped": the one that stood beside the weights; None: as the checkpoint was trained. raw_control_tokens: all text may
-        write control tokens, for those who know where theirs comes from. Raises ValueError.
+        "shipped": the one that stood beside the weights; None: as the checkpoint was trained. raw_control_tokens: all
+        text may write control tokens, for those who know where theirs comes from. Raises ValueError.
         """
         if chat_template == "published":
             if None in map(self.backend.token_to_id, MESSAGE_TOKENS):
@@ -86,16 +86,18 @@ class Tokenizer:
         """Token ids of many texts, on all cores. Nothing is added. control: whether control tokens that are written out
         are recognised (default: raw_control_tokens). Raises ValueError where the tokenizer fails."""
         control = self.raw_control_tokens if control is None else control
+        if control and isinstance(self.backend, SentencePiece):
+            return [self._encode_parts(self._cut().split(text)) for text in texts]
         self.backend.encode_special_tokens = not control
         try:
             rows = [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-        except BaseException as error:  # a panic of the library is no Exception; a regex without end leads to one
+        except BaseException as error:  # the library's panics are no Exception: that of an endless regex, say
             if type(error).__module__ != "pyo3_runtime":
                 raise
             raise ValueError(f"the tokenizer fails on a text: {error}") from None
         names = self._controls()
         for n, row in enumerate(rows):
-            if not control and not names.keys().isdisjoint(row):  # in vocabularies of whole words: now letter by letter
+            if not control and not names.keys().isdisjoint(row):  # words of the vocabulary: now letter by letter
                 spelt = [[self._id(letter, "unk_token") for letter in names[i]] if i in names else [i] for i in row]
                 rows[n] = [i for letters in spelt for i in letters if i is not None]
         return rows
@@ -103,7 +105,18 @@ class Tokenizer:
     def _controls(self) -> dict[int, str]:
         unknown = self._id("unk_token", "[UNK]", "<unk>")
         tokens = self.backend.get_added_tokens_decoder()
-        return {i: token.content for i, token in tokens.items() if token.special and i != unknown}
+        named = {i: token.content for i, token in tokens.items() if token.special and i != unknown}
+        return {i: name for i, name in named.items() if len(name) > 1}  # a single letter is one
+
+    def _cut(self) -> re.Pattern:
+        """Splits a text into texts, at even places, and the control tokens between them."""
+        longest_first = sorted(self._controls().values(), key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+    def _encode_parts(self, parts: list[str]) -> list[int]:
+        ids = [[self.backend.token_to_id(part)] for part in parts]
+        ids[::2] = self.encode_batch(parts[::2], control=False)
+        return [i for part in ids for i in part]
 
     def decode(self, ids, skip_special: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
@@ -134,7 +147,7 @@ class Tokenizer:
         ids = [self.backend.token_to_id(name) for name in names if name]
         return next((i for i in ids if i is not None), None)
 
-    bos_id = property(lambda self: self._id(*["<|im_start|>"] * self.is_published, "bos_token", "cls_token"))
+    bos_id = property(lambda self: self._id("<|im_start|>" if self.is_published else "bos_token", "cls_token"))
     pad_id = property(lambda self: self._id("pad_token"))
     mask_id = property(lambda self: self._id("mask_token", *MASK_NAMES))
     del_id = property(lambda self: self._id(DEL_TOKEN))
@@ -184,10 +197,8 @@ class Tokenizer:
         middle of messages can join what was apart; and the name of a role may complete a token that a template begins.)
         Where no message speaks of control tokens, the ids are those of the whole text. Raises ValueError as `chat`.
         """
-        names = self._controls()
-        longest_first = sorted((name for name in names.values() if len(name) > 1), key=len, reverse=True)
-        cut = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        beginnings = {name[:k] for name in longest_first for k in range(1, len(name))}
+        names, cut = self._controls(), self._cut()
+        beginnings = {name[:k] for name in names.values() for k in range(1, len(name))}
         longest = max(map(len, beginnings), default=0)
         everything = "\n".join(value for messages in dialogues for m in messages for value in m.values())
         mark = next(c for c in map(chr, range(0xF0000, 0x110000)) if c not in everything + (self.chat_template or ""))
@@ -205,12 +216,10 @@ class Tokenizer:
         texts = self._render(dialogues)
         rows = self.encode_batch(texts, control=True)
         for n, text in enumerate(texts):
-            parts = cut.split(text)  # texts at even places, control tokens between them
+            parts = cut.split(text)
             found = [i for i in rows[n] if i in names]
             if mark in text or found != list(map(self.backend.token_to_id, parts[1::2])):
-                letters = self.encode_batch([part.replace(mark, "") for part in parts[::2]], control=False)
-                controls = [[self.backend.token_to_id(part)] for part in parts[1::2]] + [[]]
-                rows[n] = [i for pair in zip(letters, controls) for ids in pair for i in ids]
+                rows[n] = self._encode_parts([part.replace(mark, "") for part in parts])
         return rows
 
     def save(self, directory) -> None:
@@ -233,33 +242,22 @@ class Tokenizer:
 class SentencePiece:
     """A sentencepiece model behind the few methods of `tokenizers.Tokenizer` that `Tokenizer` calls.
 
-    sentencepiece never recognises a special token in a text, and its vocabulary cannot grow. So the text is cut at the
-    special tokens, and the ids of added tokens follow those of the model.
+    sentencepiece never recognises a special token in a text, and its vocabulary cannot grow: the ids of added tokens
+    follow those of the model, and `Tokenizer` cuts the text at them.
     """
 
     def __init__(self, path):
         self.model = SentencePieceProcessor(model_file=path)
         self.vocab = {self.model.id_to_piece(i): i for i in range(len(self.model))}
-        self.names = {}  # of the special tokens, by id
-        self.encode_special_tokens = False  # as letters, that is
-        self.add_special_tokens([AddedToken(t) for t, i in self.vocab.items() if self.model.is_control(i)])
+        self.names = {i: t for t, i in self.vocab.items() if self.model.is_control(i)}  # of the special tokens
 
     def add_special_tokens(self, tokens: list[AddedToken]) -> None:
         for token in tokens:
             i = self.vocab.setdefault(token.content, len(self.vocab))
             self.names[i] = token.content
-        longest_first = sorted(self.names.values(), key=len, reverse=True)
-        self.cut = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def encode_batch_fast(self, texts, add_special_tokens=False):
-        return [SimpleNamespace(ids=self._encode(text)) for text in texts]
-
-    def _encode(self, text: str) -> list[int]:
-        ids = []
-        parts = [text] if self.encode_special_tokens else self.cut.split(text)
-        for n, part in enumerate(parts):  # texts at even places, special tokens between them
-            ids += [self.vocab[part]] if n % 2 else self.model.encode(part)
-        return ids
+        return [SimpleNamespace(ids=self.model.encode(text)) for text in texts]
 
     def decode(self, ids, skip_special_tokens=True) -> str:
         ids = [i for i in ids if not (skip_special_tokens and i in self.names)]

@@ -86,11 +86,11 @@ def test_a_configuration_of_a_dataset_is_chosen_by_name(tmp_path, monkeypatch):
         Source("o/d", 10, None, "main"), Source("e", None, 2, "a-b")
     ]  # fmt: skip
     root = tmp_path / "main" / "snapshots" / "c0ffee"  # before a file's path in its dataset: does not count
-    for name in ("main/train.jsonl", "data/main/b.jsonl", "main-train.jsonl", "mainly.jsonl", "socratic/main.txt.jsonl"):
+    for name in ("main/train.jsonl", "data/main/b.jsonl", "main-train.jsonl", "mainly.jsonl", "a/main.b.jsonl"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         jsonl(root / name, [{"text": name}])
     monkeypatch.setattr(data.huggingface_hub, "snapshot_download", lambda *_, **__: str(root))
-    expected = {"main/train.jsonl", "data/main/b.jsonl", "main-train.jsonl", "socratic/main.txt.jsonl"}
+    expected = {"main/train.jsonl", "data/main/b.jsonl", "main-train.jsonl", "a/main.b.jsonl"}
     for name in ("owner/name", str(root)):
         train, _, _ = data.load_records(f"{name}[name:main,test:0]")
         assert {record["text"] for record in train} == expected
@@ -99,7 +99,10 @@ def test_a_configuration_of_a_dataset_is_chosen_by_name(tmp_path, monkeypatch):
 
 
 def test_broken_specs():
-    for spec in ("a[name:]", "a[name:b,name:c]", "a[name:b c]", "", "a + ", "a[train]", "a[train:x]", "a[train:1,train:2]", "a[dev:3]", "a[test:-1]", "a[]b", "a[]"):
+    for spec in ("a[name:]", "a[name:b,name:c]", "a[name:b c]"):
+        with pytest.raises(ValueError, match=r"dataset spec .* write name\["):
+            data.parse_spec(spec)
+    for spec in ("", "a + ", "a[train]", "a[train:x]", "a[train:1,train:2]", "a[dev:3]", "a[test:-1]", "a[]b", "a[]"):
         with pytest.raises(ValueError, match=r"dataset spec .* write name\["):
             data.parse_spec(spec)
 
@@ -120,7 +123,7 @@ FORM_CASES = [
     ("text", {"text": "T", "prompt": "without a response"}, {"text": "T"}),
     ("text", {"text": "T", "draft": "D"}, {"messages": [], "response": "T", "draft": "D"}),
     ("history/response", {"history": USER, "response": "A"}, ANSWER),
-    ("history/response", {"history": USER, "response": "A", "source": "where it comes from"}, ANSWER),
+    ("history/response", {"history": USER, "response": "A", "source": "from where"}, ANSWER),
     ("history/response", {"history": [], "response": "A"}, ANSWER | {"messages": []}),
     ("messages", {"messages": [*USER, {"role": "assistant", "content": "A"}]}, ANSWER),
     ("messages", {"messages": [*USER, {"role": "assistant", "content": "A"}], "source": "from where"}, ANSWER),

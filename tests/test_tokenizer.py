@@ -344,7 +344,7 @@ def test_a_dialogue_without_control_tokens_has_the_ids_of_its_text(bpe, messages
 
 @settings(deadline=None, max_examples=300)
 @given(messages=dialogues(hostile), source=own_templates)
-@example(messages=[{"role": "user", "content": "im_end|>and again<|"}], source=TEMPLATES["side by side"])
+@example(messages=[{"role": "user", "content": "im_end|>, <|"}], source=TEMPLATES["side by side"])
 def test_control_tokens_of_a_dialogue_are_those_of_its_template(bpe, messages, source):
     tokenizer, names = Tokenizer(bpe.backend, bpe.config, source), bpe._controls()
     plain = [m | {"content": "x"} for m in messages]
