@@ -10,7 +10,8 @@ The normal forms of a record:
 
     {"text": str}                               a document; one longer than --max_length becomes several examples
     {"messages": [...], "response": str, "draft": str | None}
-                                                a dialogue and its answer; with a draft, the answer is an edited draft
+                                                a dialogue and its answer; with a draft, the answer is an edited draft;
+                                                with a "suffix", what is to be written stands between the two
     {"corpus": str}                             a stretch of a .txt file; all are cut into examples anew in every epoch
 
 A record that cannot be read travels as the ValueError that says why, from its reader to `detect_form`, which raises it;
@@ -28,7 +29,7 @@ import re
 import reprlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -203,7 +204,7 @@ def data_files(name: str, hub_files=None, config: str | None = None) -> list:
     if path.exists():
         files = _inside(path)
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", name) or suffix(path) in READERS:
-        raise ValueError(f"{name}: no such file or folder (nor a hub dataset owner/name, nor toy or toy-repair)")
+        raise ValueError(f"{name}: no such file or folder (nor a hub dataset owner/name, nor {', '.join(toy.SOURCES)})")
     else:
         owner, dataset, *folder = name.split("/")
         try:
@@ -255,12 +256,12 @@ FORMS = {  # the fields that make a record one of these, tried in this order: qu
 
 
 def add_flags(f, chat_template: bool | None = None) -> None:
-    """How records are read and texts written. f: a cli.Flags; chat_template: the default (None: as it was trained)."""
+    """How records are read and texts written. f: a cli.Flags; chat_template: the default (None: as trained)."""
     f.choice("--prompt_field", help="field of a record that holds the question")
     f.choice("--response_field", help="field of a record that holds the answer")
     f.flag("--chat_template", default=chat_template, words=("published", "shipped"),
-           help="write dialogues in the checkpoint's chat template; or as the published ME-DLM processor does, or in the "
-           "template shipped beside the weights")
+           help="write dialogues in the checkpoint's chat template; or as the published ME-DLM processor does, or in "
+           "the template shipped beside the weights")
     f.flag("--raw_control_tokens", help="<|im_end|> and the like in prompts and records are tokens, not letters")
 
 
@@ -314,7 +315,10 @@ def normalise(record, named: tuple = ()) -> dict:
         record, answer = messages.pop(), "content"
         if record["role"] != "assistant":
             raise ValueError(f"the last message must be the assistant's, to be learnt, not the {record['role']}'s")
-    return {"messages": messages, "response": _text(record, answer), "draft": draft}
+    given = {"response": _text(record, answer), "draft": draft}
+    if record.get("suffix") is not None:
+        given["suffix"] = _text(record, "suffix")
+    return {"messages": messages} | given
 
 
 def _check_record(record) -> None:
@@ -366,7 +370,7 @@ def load_records(
     for source in parse_spec(spec):
         if source.name in toy.SOURCES:
             sizes = ("train", source.train), ("test", source.test)
-            parts = [toy.records(split, n, seed, repair=source.name == "toy-repair") for split, n in sizes]
+            parts = [toy.records(split, n, seed, source.name) for split, n in sizes]
             unit, skipped = "problems", ""
         else:
             *parts, unit, skipped = _load_files(source, seed, named, skip_bad_records)
@@ -448,7 +452,7 @@ def read_prompts(path: str, named: tuple = ()) -> list[list[dict]]:
                 lines = map(str.strip, _text(record, form, may_be_empty=True).split("\n"))
                 dialogues += [[{"role": "user", "content": line}] for line in lines if line]
                 continue
-            messages = _messages(record, "prompt/response" if form == "text" else form, fields[0])
+            messages = _messages(record, form, fields[0])
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         answered = form == "messages" and messages[-1]["role"] == "assistant"
@@ -468,14 +472,15 @@ def texts(records: Iterable[dict]) -> Iterator[str]:
 
 @dataclass
 class Example:
-    """What the model is trained on. prompt + response is the sequence; len() is its length."""
+    """What the model is trained on. prompt + response + suffix is the sequence; len() is its length."""
 
     prompt: list[int]  # never edited, at least one token; its last token is the anchor of insertions
     response: list[int]  # the target
     draft: list[int] | None = None  # x0, for training from draft to target
+    suffix: list[int] = field(default_factory=list)  # never edited, behind the response
 
     def __len__(self):
-        return len(self.prompt) + len(self.response)
+        return len(self.prompt) + len(self.response) + len(self.suffix)
 
 
 @dataclass
@@ -538,7 +543,7 @@ def encode(
 ) -> Dataset:
     """Normal records to a Dataset.
 
-    dialogue  encode_prompts and the response; left out and counted when they (or the draft) exceed `max_length`
+    dialogue  encode_prompts, response and suffix; left out and counted when they (or the draft) exceed `max_length`
     text      bos and up to max_length - 1 tokens; a longer text becomes several examples of about equal length
     corpus    bos and exactly max_length - 1 tokens, cut anew every epoch; with `recut` False, as for validation, it is
               a text like any other
@@ -562,12 +567,16 @@ def encode(
     bos = [_required(tokenizer, "bos")] if documents or corpora else []
 
     prompts = tokenize([r["messages"] for r in dialogues], partial(encode_prompts, tokenizer=tokenizer))
-    responses = [response + eos for response in tokenize([r["response"] for r in dialogues])]
-    drafts = [draft + eos for draft in tokenize([r["draft"] or "" for r in dialogues])]
+    responses = tokenize([r["response"] for r in dialogues])
+    drafts, suffixes = (tokenize([r.get(field) or "" for r in dialogues]) for field in ("draft", "suffix"))
     examples, too_long = [], []
-    for record, prompt, response, draft in zip(dialogues, prompts, responses, drafts):
-        example = Example(prompt, response, None if record["draft"] is None else draft)
-        length = len(prompt) + max(len(response), len(example.draft or []))
+    for record, prompt, response, draft, suffix in zip(dialogues, prompts, responses, drafts, suffixes):
+        if suffix:
+            suffix = suffix + eos
+        else:
+            response, draft = response + eos, draft + eos
+        example = Example(prompt, response, None if record["draft"] is None else draft, suffix)
+        length = len(example) + max(0, len(example.draft or []) - len(response))
         if length <= max_length:
             examples.append(example)
         else:
