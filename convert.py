@@ -47,15 +47,6 @@ from plumbing.tokenizer import CHAT_TEMPLATE, DEL_TOKEN, SPECIAL_TOKENS, Tokeniz
 
 SHARD_BYTES = 2 * 10**9  # a file of the target; a larger tensor has a file for itself
 
-QUESTION_ANSWER_TEMPLATE = """\
-{{ bos_token }}{% for message in messages %}
-{{ {"user": "Question", "assistant": "Answer"}.get(message.role, "Instruction") }}:
-{{ message.content }}{{ eos_token }}
-{% endfor %}
-{% if add_generation_prompt %}
-Answer:
-{% endif %}
-"""
 _BRACKETS = {"bos": "[CLS]", "eos": "[SEP]", "mask": "[MASK]", "pad": "[PAD]", "unk": "[UNK]"}
 _BRACKETS |= {"cls": "[CLS]", "sep": "[SEP]"}
 _ANGLES = {"bos": "<s>", "eos": "</s>", "mask": "<mask>", "pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>"}
@@ -189,8 +180,6 @@ def prepare_tokenizer(tokenizer: Tokenizer, kind: str, needed: tuple) -> tuple[d
     """
     wanted = {role: SPECIAL_TOKENS[role] for role in ("mask", "bos", "pad", "eos")}
     reserved = {}
-    if kind in ENCODER_TOKENS:
-        tokenizer.chat_template = tokenizer.chat_template or QUESTION_ANSWER_TEMPLATE
     if "del" in needed:
         wanted["del"] = DEL_TOKEN
         message = ["<|im_end|>", "<|im_start|>"]

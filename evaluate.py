@@ -242,9 +242,11 @@ class Sample:
     key: str = ""  # hash of all that the answer depends on
 
 
-def load_samples(name: str, source: str, limit: int | None, seed: int, system: str | None) -> list[Sample]:
-    """The first `limit` samples of a task, from a file, folder or hub dataset. system: instead of the task's. Raises
-    ValueError / OSError naming the file and line."""
+def load_samples(
+    name: str, source: str, limit: int | None, seed: int, system: str | None, named: tuple = ()
+) -> list[Sample]:
+    """The first `limit` samples of a task, from a file, folder or hub dataset. system: instead of the task's; named:
+    the fields of question and answer, likewise. Raises ValueError / OSError naming the file and line."""
     task = TASKS[name]
     if task.package and not importlib.util.find_spec(task.package):
         raise ValueError(f"--task {name} needs {task.package} to judge answers: pip install {task.package}")
@@ -253,7 +255,7 @@ def load_samples(name: str, source: str, limit: int | None, seed: int, system: s
     else:
         files = data.data_files(source)
         files = [file for file in files if "test" in file.name] or files
-        records = [checked(task, *line) for file in files for line in data.read_file(file)][:limit]
+        records = [checked(task, *line, named) for file in files for line in data.read_file(file)][:limit]
         if not records:
             raise ValueError(f"{files[0]}: no record in it")
     system = task.system if system is None else system
@@ -267,13 +269,15 @@ def load_samples(name: str, source: str, limit: int | None, seed: int, system: s
     return samples
 
 
-def checked(task: Task, place: str, record) -> dict:
-    """The record, if it is one of this task."""
+def checked(task: Task, place: str, record, named: tuple = ()) -> dict:
+    """The record, if it is one of this task, with the fields under their usual names."""
     if isinstance(record, ValueError):
         raise ValueError(f"{place}: {record}")
-    for field in task.fields:
+    names = dict(zip(task.fields, task.fields)) | {usual: name for usual, name in zip(task.fields, named) if name}
+    for field in names.values():
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise ValueError(f"{place}: needs text in field {field!r}; is this the right file for the task?")
+            raise ValueError(f"{place}: needs text in field {field!r}; --prompt_field and --response_field name others")
+    record |= {usual: record[field] for usual, field in names.items()}
     for field in ("draft", "test", "entry_point"):
         if not isinstance(record.get(field), str | None):
             raise ValueError(f"{place}: the field {field!r} must hold text")
@@ -304,11 +308,13 @@ def prepare(model, tokenizer, args, name: str, samples: list[Sample]) -> tuple[d
     Raises ValueError for the first question that leaves no room for an answer: now, and not when its turn comes.
     """
     method = methods.of(model)
+    tokenizer.configure(args.chat_template, args.raw_control_tokens)
     flags = argparse.Namespace(**vars(args) | {"init_num": args.init_num or TASKS[name].init_num})
     settings = methods.sampling_settings(method, flags, model, tokenizer)
+    written = {name: getattr(args, name) for name in ("bf16", "chat_template", "raw_control_tokens")}
 
     def encode(samples: list[Sample]) -> tuple[list, list | None]:
-        prompts = [data.encode_prompt(s.messages, tokenizer) for s in samples]
+        prompts = data.encode_prompts([s.messages for s in samples], tokenizer)
         drafts = [s.record.get("draft") for s in samples]
         return prompts, None if None in drafts else [draft_ids(tokenizer, draft) for draft in drafts]
 
@@ -323,7 +329,7 @@ def prepare(model, tokenizer, args, name: str, samples: list[Sample]) -> tuple[d
 
     prompts, drafts = encode(samples)
     methods.check_lengths(method, prompts, settings, drafts, names=[f"question {s.id}" for s in samples])
-    return vars(settings) | {"bf16": args.bf16}, generate
+    return vars(settings) | written, generate
 
 
 def read_rows(name: str, out: Path) -> dict[str, dict]:
@@ -449,8 +455,8 @@ def report(name: str, samples: list[Sample], args) -> dict:
 
 @torch.no_grad()
 def likelihood(model, tokenizer, args, texts: list[tuple[str, dict]]) -> dict:
-    """How many bits the model needs for a byte of the texts (of responses, prompt and suffix given): the mean over draws
-    of nats / ln 2 / bytes, and its standard error from their spread (of the noise, not of the choice of the texts).
+    """How many bits the model needs for a byte of the texts (of responses, prompt and suffix given): the mean over
+    draws of nats / ln 2 / bytes, and its standard error from their spread (that of the noise, not of the texts' choice).
 
     texts: (place, record in normal form). Raises ValueError for a text that the tokenizer does not give back.
     """
@@ -472,7 +478,7 @@ def likelihood(model, tokenizer, args, texts: list[tuple[str, dict]]) -> dict:
         raise ValueError(f"{texts[0][0]}: no record fits into {length} tokens; raise --max_length")
     draws = torch.zeros(1 if getattr(method, "EXACT", False) else args.draws, dtype=torch.float64)
     flags = cli.Flags("")
-    methods.training_flags(flags)  # paths and masks are drawn as in training, where the checkpoint does not say otherwise
+    methods.training_flags(flags)  # paths and masks are drawn as in training
     known = vars(methods.sampling_settings(method, args, model, tokenizer))
     settings = argparse.Namespace(**vars(flags.parse_args([])) | known)
     rng = torch.Generator().manual_seed(args.seed)
@@ -525,6 +531,7 @@ def parse_args(argv=None):
     f.integer("--show_answers", low=0, default=0, help="print so many answers of each task")
     f.flag("--bf16", default=torch.cuda.is_available(), help="weights in bfloat16")
     f.flag("--allow_code_execution", help="run the generated programs, which execution.py confines")
+    data.add_flags(f)
     methods.sampling_flags(f, temperature=0.0)
     args = f.parse_args(argv)
     if len(args.task) == len(args.data) == 1 and not args.data[0].startswith(f"{args.task[0]}="):
@@ -547,7 +554,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     alone = args.task == [LIKELIHOOD]
-    which = args.limit, args.seed, args.system_prompt
+    which = args.limit, args.seed, args.system_prompt, (args.prompt_field, args.response_field)
     if alone and rank > 0:
         return  # one process is enough
     texts = read_texts(args.data[LIKELIHOOD], args.limit) if alone else []

@@ -62,9 +62,9 @@ def parse_args(argv=None):
     f.group("data")
     f.text("--dataset_args", "--train_file", read=data.parse_spec, default="toy",
            help="files, folders, hub ids or `toy`: name[train:N,test:M] + other")
-    f.choice("--text_field", default=None, help="field of a record that holds plain text")
     f.flag("--insert_eos", default=True, help="end texts and responses with the end-of-message token")
-    f.flag("--chat_template", default=True, help="render dialogues with the tokenizer's chat template")
+    f.choice("--text_field", help="field of a record that holds plain text")
+    data.add_flags(f, chat_template=True)
     f.flag("--streaming", help="read the data bit by bit and never hold it: files, URLs, hub ids; needs --max_steps")
     f.flag("--skip_bad_records", help="count and skip broken records instead of stopping")
     f.integer("--max_length", "--max_len", low=2, default=512, help="tokens per sample (per packed row for medlm)")
@@ -110,9 +110,9 @@ def parse_args(argv=None):
         f.error("--load_in_4bit needs --lora: 4-bit weights cannot be trained themselves")
     if (args.pad_len or 0) > args.max_length:
         f.error(f"--pad_len {args.pad_len} must not exceed --max_length {args.max_length}")
-    for method in methods.METHODS.values():
+    for check in (data.named_fields, *(getattr(m, "check_flags", bool) for m in methods.METHODS.values())):
         try:
-            getattr(method, "check_flags", lambda args: None)(args)
+            check(args)
         except ValueError as e:
             f.error(str(e))
     return args
@@ -172,6 +172,7 @@ def open_model(args, resume: Path | None, sample):
         tokenizer = toy.tokenizer()
     else:
         tokenizer = train_tokenizer(data.texts(sample()), args.vocab_size)
+    tokenizer.configure(args.chat_template, args.raw_control_tokens)
     if not source:
         stored = methods.get(args.method).remember(args, {})
         model = checkpoints.new_model(args.method, args.preset, tokenizer.vocab_size, args.seed, **stored)

@@ -106,10 +106,10 @@ class _Ranges(AbstractBufferedFile):
         return fetch(self.path, start, min(end, self.size))[0]
 
 
-def find_files(name: str) -> list:
+def find_files(name: str, config: str | None = None) -> list:
     """The files a name of a dataset spec stands for: Paths and RemoteFiles. Raises ValueError or OSError."""
     is_url = name.startswith(("http://", "https://"))
-    files = [RemoteFile(name)] if is_url else data.data_files(name, remote_files)
+    files = [RemoteFile(name)] if is_url else data.data_files(name, remote_files, config)
     streamed = [suffix for suffix in data.READERS if suffix != ".json"]
     for file in files:
         if data.suffix(file) not in streamed:
@@ -180,8 +180,8 @@ class Corpus:
     first ones.
     """
 
-    def __init__(self, spec: str, seed: int, hold_out: int, text_field: str | None, skip_bad_records: bool):
-        self.spec, self.seed, self.text_field, self.skip_bad = spec, seed, text_field, skip_bad_records
+    def __init__(self, spec: str, seed: int, hold_out: int, named: tuple, skip_bad_records: bool):
+        self.spec, self.seed, self.named, self.skip_bad = spec, seed, named, skip_bad_records
         self.bad, self.too_long = 0, 0  # records left out
         self.files, self.begin, self.held_out = [], {}, []
         for source in data.parse_spec(spec):
@@ -189,7 +189,7 @@ class Corpus:
                 raise ValueError(f"--streaming: {source.name} is made up in memory; leave --streaming out")
             if source.train is not None:
                 raise ValueError(f"--streaming does not count records: leave train:{source.train} out of {spec!r}")
-            train, held_out = data.split_files(find_files(source.name))
+            train, held_out = data.split_files(find_files(source.name, source.config))
             self.files += train
             self.begin |= dict.fromkeys(train, 0)
             n, limit = source.test, math.inf
@@ -219,7 +219,7 @@ class Corpus:
     def records(self, piece: tuple, skip: int = 0) -> Iterator[tuple[int, str, list[dict]]]:
         """(number of the next record, place, [the record in normal form]) without the first `skip`; [] for a broken one
         that is left out. Raises ValueError with its place."""
-        usable = data.usable(read_piece(*piece, skip=skip), self.text_field, self.skip_bad)
+        usable = data.usable(read_piece(*piece, skip=skip), self.named, self.skip_bad)
         for number, (place, normal) in enumerate(usable, skip + 1):
             self.bad += not normal
             yield number, place, normal
@@ -314,7 +314,7 @@ class Feed:
 
     def encode(self, records: list[dict], **options) -> data.Dataset:
         a = self.args
-        options = {"max_length": a.max_length, "insert_eos": a.insert_eos, "chat_template": a.chat_template} | options
+        options = {"max_length": a.max_length, "insert_eos": a.insert_eos} | options
         return data.encode(records, self.tokenizer, **options)
 
     def check(self, example: data.Example) -> None:
@@ -330,7 +330,8 @@ class Feed:
         a = self.args
         if not a.pad_len:
             return examples
-        return [data.pad_response(e, a.pad_len, self.tokenizer.pad_id, a.max_length) for e in examples]
+        options = self.tokenizer.pad_id, a.max_length, self.tokenizer.is_published
+        return [data.pad_response(e, a.pad_len, *options) for e in examples]
 
     def batches(self, examples: list, seed: int, epoch: int) -> list[list]:
         """Micro-batches, lists of examples, in an order drawn from (seed, epoch)."""
@@ -473,10 +474,10 @@ def open_data(args, ranks):
     """(kind of feed, the records that it takes, a function that gives some of them)."""
     if args.streaming:
         hold_out = 0 if args.eval_strategy == "no" else 200
-        corpus = Corpus(args.dataset_args, args.seed, hold_out, args.text_field, args.skip_bad_records)
+        corpus = Corpus(args.dataset_args, args.seed, hold_out, data.named_fields(args), args.skip_bad_records)
         return StreamedFeed, [corpus], corpus.sample
     train_records, eval_records, reports = data.load_records(
-        args.dataset_args, args.seed, text_field=args.text_field, skip_bad_records=args.skip_bad_records
+        args.dataset_args, args.seed, named=data.named_fields(args), skip_bad_records=args.skip_bad_records
     )
     for report in reports:
         ranks.say(str(report))

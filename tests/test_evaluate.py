@@ -290,6 +290,16 @@ def test_the_system_prompt_can_be_replaced_and_left_out_and_a_folder_gives_its_t
     assert [m["role"] for m in evaluate.load_samples("gsm8k", str(folder), 1, 0, "")[0].messages] == ["user"]
 
 
+def test_fields_of_question_and_answer_can_be_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"task": "2 + 2?", "solution": "4", "question": "no", "answer": "no"}')
+    [sample] = evaluate.load_samples("gsm8k", str(path), None, 0, "", ("task", "solution"))
+    assert sample.messages == [{"role": "user", "content": "2 + 2?"}]
+    assert evaluate.gsm8k_check(sample.record, "4")["right"]
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: needs text in field 'nowhere'; --prompt_field and"):
+        evaluate.load_samples("gsm8k", str(path), None, 0, "", ("nowhere", None))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -52,7 +52,7 @@ def jsonl(path, texts):
 
 
 def corpus(spec, hold_out=0, seed=1, skip=False):
-    return feed.Corpus(str(spec), seed, hold_out, None, skip)
+    return feed.Corpus(str(spec), seed, hold_out, (), skip)
 
 
 class Plain(feed.StreamedFeed):
