@@ -257,13 +257,14 @@ def bench_sampling(args):
 # ---------------------------------------------------------------------------------------------------- ME-DLM
 
 
-def best_tokens_on_all_rows(hidden, head, row, never, rival=None):
+def best_tokens_on_all_rows(hidden, head, row, never, rival=None, last=None):
     """medlm.best_tokens the plain way: [T, V] logits, of which the rows are then picked."""
     logits = head(hidden).float()[row]
     against = None if rival is None else logits.gather(1, rival[:, None])[:, 0]
     logits.index_fill_(1, torch.tensor(never), -torch.inf)
     top, token = logits.max(1)
-    return token, top - (logits.logsumexp(1) if against is None else against)
+    confidence = top - (logits.logsumexp(1) if against is None else against)
+    return token, confidence, confidence
 
 
 def bench_decode(args):
@@ -272,7 +273,7 @@ def bench_decode(args):
     model = random_model(args, "medlm", "llada", 3).eval()
     prompts = torch.randint(10, args.vocab, (args.batch, 3 * args.length)).tolist()
     tokens = {"mask": 1, "pad": 2, "del": 3, "eos": 4}
-    steps = {"mask_diffusion_step": args.mask_passes, "edit_diffusion_step": args.edit_passes}
+    steps = {"mask_diffusion_step": args.mask_passes, "edit_diffusion_step": args.edit_passes, "order": "confidence"}
 
     def decode(best_tokens):
         with mock.patch.object(medlm, "best_tokens", best_tokens):
