@@ -24,9 +24,10 @@ The teacher is edit distance: a minimum edit script from a draft to the wanted t
 
 Both are a `Batch` of supervised rows with weights, and one `loss` serves all stages. `decode` writes: `fill_masks`,
 `close_draft`, then `refine`, which repeats `propose_edits`. Rollouts call the very same functions, so the model is
-trained on the drafts that it will meet. Every sequence is prompt + response; prompt_len [B] is where the response
-begins. Prompts hold at least one token: the last one carries the insertion in front of the response. `tokens` holds the
-ids of the special tokens: mask, pad, del (`<|del|>`) and eos (end of message).
+trained on the drafts that it will meet. Every sequence is prompt + response + suffix; `x.frozen` says of each token
+whether it may be edited (`ragged.frozen_text`): only the response is FREE, and the prompt's last token, its ANCHOR,
+carries the insertion in front of it. There need not be a suffix; a closed draft has one, if only an end-of-message.
+`tokens` holds the ids of the special tokens: mask, pad, del (`<|del|>`) and eos (end of message).
 """
 
 import itertools
@@ -39,7 +40,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from edit_distance import edit_labels_batch
-from ragged import CHUNK, DEL, GAP, KEEP, SUB, Generated, Ragged, apply_edits, stratified, uniform_noise, weighted_nll
+
+from ragged import (  # isort: skip
+    CHUNK, DEL, FREE, FROZEN, GAP, KEEP, SUB, Generated, Ragged, apply_edits, frozen_text, stratified, uniform_noise,
+    weighted_nll,
+)  # fmt: skip
 
 MIN_T = 0.05  # floor of the masked fraction: losses are weighted by 1/t, so a single t near 0 would drown a whole batch
 IGNORE = -100  # label of a row that is not supervised
@@ -98,10 +103,10 @@ def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict]:
     return lm + following, metrics | batch.counts
 
 
-def pack_examples(examples) -> tuple[Ragged, Tensor]:
-    """Examples, with token ids in .prompt and .response, as prompt + response in one row, and prompt_len [B]."""
-    x = Ragged.pack([[*e.prompt, *e.response] for e in examples])
-    return x, torch.tensor([len(e.prompt) for e in examples], dtype=torch.int64)
+def pack_examples(examples) -> Ragged:
+    """Examples, with token ids in .prompt, .response and, if they have one, .suffix, of which the response is FREE."""
+    suffixes = [getattr(e, "suffix", []) for e in examples]
+    return frozen_text([e.prompt for e in examples], [e.response for e in examples], suffixes)
 
 
 def per_sample_mean(sample: Tensor, n_samples: int) -> Tensor:
@@ -137,10 +142,10 @@ def mask_batch(
                         per response token. The floor MIN_T leaves out the nearly finished texts, which are the easy
                         ones: an average over U[MIN_T, 1] lies higher as long as CE(t) grows with t.
     """
-    x, prompt_len = pack_examples(examples)
+    x = pack_examples(examples)
     t = stratified(len(x), max(min_t, MIN_T), max_t, generator)
-    row = draw_masks(x, prompt_len, t, generator)
-    sample, length = x.batch[row], x.lengths - prompt_len
+    row = draw_masks(x, t, generator)
+    sample, length = x.batch[row], free_lengths(x)
     if loss_norm == "tokens":
         weight = per_sample_mean(sample, len(x)) / t[sample]
     else:
@@ -149,10 +154,15 @@ def mask_batch(
     return Batch("mask", masked, row, x.ids[row], weight, row - 1, x.ids[row], weight, {"masked_tokens": len(row)})
 
 
-def draw_masks(x: Ragged, prompt_len: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
-    """int64 [E]: the response rows to be masked, each with probability t [B] of its sequence."""
+def draw_masks(x: Ragged, t: Tensor, generator: torch.Generator) -> Tensor:
+    """int64 [E]: the FREE rows to be masked, each with probability t [B] of its sequence."""
     masked = torch.rand(len(x.ids), generator=generator) < t[x.batch]
-    return (masked & (x.positions >= prompt_len[x.batch])).nonzero().flatten()
+    return (masked & (x.frozen == FREE)).nonzero().flatten()
+
+
+def free_lengths(x: Ragged, counted: Tensor | bool = True) -> Tensor:
+    """int64 [B]: how many FREE tokens each sequence has, of those that are counted, bool [T]."""
+    return torch.bincount(x.batch[(x.frozen == FREE) & counted], minlength=len(x))
 
 
 # ---------------------------------------------------------------------------------------------------- drafting
@@ -200,19 +210,19 @@ def highest(score: Tensor, sample: Tensor, count: Tensor) -> Tensor:
 
 
 def fill_masks(
-    model: nn.Module, x: Ragged, prompt_len: Tensor, passes: Tensor, tokens: dict, *,
+    model: nn.Module, x: Ragged, passes: Tensor, tokens: dict, *,
     order: str, seeds: Tensor, rounds: int | None = None, on_pass: Callable | None = None,
 ) -> Ragged:  # fmt: skip
     """Phase 1, parallel decoding: sequence b's masks are filled in passes[b] passes, an equal share in each.
 
     passes: int64 [B], between 1 and the sequence's number of masks (0 where it has none). order: "confidence" fills the
     masks whose best token is most probable first; "random" draws them from seeds, int64 [B]. Neither `<|del|>` nor the
-    mask itself is ever chosen. Sequences that are done leave the batch. rounds: forward passes to make, at least
-    max(passes), which is the default.
+    mask itself is ever chosen; a mask that is not FREE is left alone. Sequences that are done leave the batch. rounds:
+    forward passes to make, at least max(passes), which is the default.
     """
     never = [tokens["mask"], tokens["del"]]
     for step in range(int(passes.max()) if rounds is None else rounds):
-        masked = ((x.ids == tokens["mask"]) & (x.positions >= prompt_len[x.batch])).nonzero().flatten()
+        masked = ((x.ids == tokens["mask"]) & (x.frozen == FREE)).nonzero().flatten()
         sample = x.batch[masked]
         left = torch.bincount(sample, minlength=len(x))
         share = -(-left // (passes - step).clamp(min=1))  # rounded up
@@ -232,36 +242,36 @@ def fill_masks(
     return x
 
 
-def close_draft(x: Ragged, prompt_len: Tensor, tokens: dict) -> Ragged:
-    """Between the phases: a response becomes its tokens before the first end-of-message, no pads, then exactly one eos.
+def close_draft(x: Ragged, tokens: dict) -> Ragged:
+    """Between the phases: what is FREE ends before its first end-of-message and loses its pads; and a text without a
+    suffix gets one, a single eos.
 
     That eos is the sentinel: the model reads it, its left neighbour may insert in front of it, nobody edits it. What
-    stood behind the first eos is dropped: it is not part of the answer that the draft gives. A draft without eos gets
-    one; an empty draft becomes the eos alone.
+    stood behind the first eos is dropped: it is not part of the answer that the draft gives. An empty draft becomes the
+    eos alone.
     """
-    response = x.positions >= prompt_len[x.batch]
-    is_eos = response & (x.ids == tokens["eos"])
-    ended = is_eos.cumsum(0)
+    free, last = x.frozen == FREE, x.cu_seqlens[1:].long() - 1
+    ended = (free & (x.ids == tokens["eos"])).cumsum(0)
     before = torch.cat([ended.new_zeros(1), ended])[x.cu_seqlens[:-1].long()]  # [B] eos tokens in earlier sequences
-    drop = response & ((ended > before[x.batch]) | (x.ids == tokens["pad"]))
-    eos = torch.full_like(x.ids, GAP).index_fill(0, x.cu_seqlens[1:].long() - 1, tokens["eos"])
-    return apply_edits(x, torch.where(drop, DEL, KEEP), x.ids, eos)
+    drop = free & ((ended > before[x.batch]) | (x.ids == tokens["pad"]))
+    is_open = x.frozen[last] != FROZEN  # a prompt ends in its ANCHOR: what is FROZEN at the end is a suffix
+    eos = torch.full_like(x.ids, GAP).index_fill(0, last[is_open], tokens["eos"])
+    x = apply_edits(x, torch.where(drop, DEL, KEEP), x.ids, eos)
+    return replace(x, frozen=x.frozen.index_fill(0, x.cu_seqlens[1:].long() - 1, FROZEN))
 
 
-def text_and_gaps(x: Ragged, prompt_len: Tensor) -> tuple[Tensor, Tensor]:
+def text_and_gaps(x: Ragged) -> tuple[Tensor, Tensor]:
     """Of closed drafts: the rows that may be edited, and those that may insert behind them (last prompt token, too).
 
     Both int64; a response of n tokens has n of the first and n + 1 of the second, in the order of `edit_labels`.
     """
-    sentinel = torch.zeros_like(x.ids, dtype=torch.bool).index_fill(0, x.cu_seqlens[1:].long() - 1, True)
-    text = ~sentinel & (x.positions >= prompt_len[x.batch])
-    gaps = ~sentinel & (x.positions >= prompt_len[x.batch] - 1)
-    return text.nonzero().flatten(), gaps.nonzero().flatten()
+    return (x.frozen == FREE).nonzero().flatten(), (x.frozen != FROZEN).nonzero().flatten()
 
 
-def contents(x: Ragged, prompt_len: Tensor) -> list[list[int]]:
-    """The responses of closed drafts, without prompt and sentinel."""
-    return [row[start:-1] for row, start in zip(x.unpack(), prompt_len.tolist())]
+def contents(x: Ragged) -> list[list[int]]:
+    """The responses of closed drafts: what stands behind the prompt, as far as the last token that is not FROZEN."""
+    gaps = [(states != FROZEN).nonzero().flatten() for states in x.frozen.split(x.lengths.tolist())]
+    return [row[rows[0] + 1 : rows[-1] + 1] for row, rows in zip(x.unpack(), gaps)]
 
 
 # ---------------------------------------------------------------------------------------------------- editing
@@ -270,8 +280,8 @@ def contents(x: Ragged, prompt_len: Tensor) -> list[list[int]]:
 def edit_pass(x: Ragged, token: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Turn what the two heads say into one round of edits: the exact counterpart of `edit_labels`.
 
-    token int64 [T]: what each token becomes, GAP to delete it (its own id outside the response).
-    following int64 [T]: which token should stand behind each (GAP outside the response, and for "nothing to insert").
+    token int64 [T]: what each token becomes, GAP to delete it (its own id where it is not FREE).
+    following int64 [T]: which token should stand behind each (GAP where it is FROZEN, and for "nothing to insert").
     A survivor inserts unless that token is what the next survivor becomes. So a surviving token takes the decision made
     in front of the run of deleted tokens before it, the supervised one, and deleted tokens decide nothing.
     Returns op, sub_token, ins_token [T] for `apply_edits`.
@@ -285,20 +295,18 @@ def edit_pass(x: Ragged, token: Tensor, following: Tensor) -> tuple[Tensor, Tens
     return op, token, torch.where(survives & (following != will_follow), following, GAP)
 
 
-def predict_edits(model: nn.Module, x: Ragged, prompt_len: Tensor, active: Tensor, tokens: dict):
+def predict_edits(model: nn.Module, x: Ragged, active: Tensor, tokens: dict):
     """One forward pass over the active [B] closed drafts: (token, following) for `edit_pass`, and odds, float [T, 2].
 
     odds: the log-odds of what becomes of a token against keeping it, and of what is inserted behind it against nothing.
-    Only response rows go through the heads. Masks, pads and eos are never written: a draft stays a closed draft. For
-    next_token_head, eos means that nothing follows.
+    Only rows that may be edited go through the heads. Masks, pads and eos are never written: a draft stays a closed
+    draft. For next_token_head, eos means that nothing follows.
     """
     mask, pad, delete, eos = (tokens[name] for name in ("mask", "pad", "del", "eos"))
-    text, gaps = (rows[active[x.batch[rows]]] for rows in text_and_gaps(x, prompt_len))
+    text, gaps = (rows[active[x.batch[rows]]] for rows in text_and_gaps(x))
     hidden, where = forward_active(model, x, active)
     new, new_odds = best_tokens(hidden, model.lm_head, where[text], [mask, pad, eos], x.ids[text])
-    behind, behind_odds = best_tokens(
-        hidden, model.next_token_head, where[gaps], [mask, pad, delete], x.ids[gaps + 1]
-    )
+    behind, behind_odds = best_tokens(hidden, model.next_token_head, where[gaps], [mask, pad, delete], x.ids[gaps + 1])
     token = x.ids.index_copy(0, text, new.masked_fill(new == delete, GAP))  # a prompt may hold any id, delete's too
     following = torch.full_like(x.ids, GAP).index_copy(0, gaps, behind.masked_fill(behind == eos, GAP))
     odds = torch.zeros(len(x.ids), 2, device=x.ids.device)
@@ -306,19 +314,17 @@ def predict_edits(model: nn.Module, x: Ragged, prompt_len: Tensor, active: Tenso
     return token, following, odds
 
 
-def propose_edits(model, x, prompt_len, active, tokens, max_len: Tensor, max_edits: int | None):
+def propose_edits(model, x, active, tokens, max_len: Tensor, max_edits: int | None):
     """The edits that the model wants to make to the active [B] drafts, within the limits of `refine`: the arguments of
     `apply_edits`."""
-    token, following, odds = predict_edits(model, x, prompt_len, active, tokens)
+    token, following, odds = predict_edits(model, x, active, tokens)
     op, sub_token, ins_token = edit_pass(x, token, following)
-    response = x.positions >= prompt_len[x.batch]
     # Deletions make way for insertions; but max_edits may undo them, so then all that stands there now counts.
-    stays = response if max_edits is not None else response & (op != DEL)
-    free = max_len + 1 - torch.bincount(x.batch[stays], minlength=len(x))  # the sentinel does not count
+    room = max_len - free_lengths(x, True if max_edits is not None else op != DEL)
     edits = torch.stack([op != KEEP, ins_token != GAP], 1)  # [T, 2]
-    edits[:, 1:] = surest(edits[:, 1:], odds[:, 1:], x, free)
+    edits[:, 1:] = surest(edits[:, 1:], odds[:, 1:], x, room)
     if max_edits is not None:
-        edits = surest(edits, odds, x, torch.full_like(free, max_edits))
+        edits = surest(edits, odds, x, torch.full_like(room, max_edits))
     return op.where(edits[:, 0], KEEP), sub_token, ins_token.where(edits[:, 1], GAP)
 
 
@@ -331,26 +337,26 @@ def surest(edits: Tensor, odds: Tensor, x: Ragged, count: Tensor) -> Tensor:
 
 
 def refine(
-    model: nn.Module, x: Ragged, prompt_len: Tensor, passes: int, tokens: dict, *, max_len: Tensor,
+    model: nn.Module, x: Ragged, passes: int, tokens: dict, *, max_len: Tensor,
     max_edits: int | None = None, lockstep: bool = False, on_pass: Callable | None = None,
 ) -> tuple[Ragged, Tensor]:  # fmt: skip
     """Phase 2: up to `passes` rounds of edits on closed drafts. Returns the texts and the passes used, int64 [B].
 
     A pass depends on the text alone, so a text that has been there before would go round for ever: its sequence is
     finished and leaves the batch, most often because there was nothing to edit.
-    max_len: int64 [B], tokens that a response may have: only the surest insertions are made when there is no more room.
-    Without it a model that does not edit well yet may double its text in every pass. max_edits: at most so many edits
-    per pass and sequence, the surest ones. lockstep: all ranks make forward passes until every one is finished.
+    max_len: int64 [B], FREE tokens that a text may have: only the surest insertions are made when there is no more
+    room. Without it a model that does not edit well yet may double its text in every pass. max_edits: at most so many
+    edits per pass and sequence, the surest ones. lockstep: all ranks make forward passes until every one is finished.
     """
     active = torch.ones(len(x), dtype=torch.bool, device=x.ids.device)
-    used = torch.zeros_like(prompt_len)
+    used = torch.zeros_like(x.lengths)
     seen = [{tuple(row)} for row in x.unpack()]
     for step in itertools.count():
         if step == passes:
             active = torch.zeros_like(active)
         if not all_reduce_max(int(active.any()), lockstep, x.ids.device):
             return x, used
-        edits = propose_edits(model, x, prompt_len, active, tokens, max_len, max_edits)
+        edits = propose_edits(model, x, active, tokens, max_len, max_edits)
         if on_pass:
             on_pass("edit", step, x, edits)
         x = apply_edits(x, *edits)
@@ -372,42 +378,45 @@ def all_reduce_max(value: int, lockstep: bool, device) -> int:
 @torch.no_grad()
 def decode(
     model: nn.Module, prompts: list[list[int]], tokens: dict, *,
+    drafts: list[list[int]] | None = None, suffixes: list[list[int]] | None = None, keep: list | None = None,
     init_num: int = 512, mask_diffusion_step: int = 48, edit_diffusion_step: int = 16, order: str = "confidence",
-    max_edits: int | None = None, seeds: Sequence[int] | None = None, on_step: Callable | None = None,
+    max_edits: int | None = None, max_positions: int | None = None, seeds: Sequence[int] | None = None,
+    on_step: Callable | None = None,
 ) -> list[Generated]:  # fmt: skip
     """Answer prompts: fill init_num masks in mask_diffusion_step passes, then edit in up to edit_diffusion_step passes.
 
-    prompts: B lists of at least one token id. order of unmasking: "confidence" or "random", the latter from seeds, B
-    ints, by default 0, 1, 2, ... max_edits: per pass and sequence; None for all. No response grows beyond init_num
-    tokens. A prompt gets the same answer alone and in any batch (in float32, and with the same seed if the order is
-    random).
+    prompts: B lists of at least one token id. drafts: B lists of token ids to be edited; then there is no mask phase,
+    and masks in a draft stay as they are. suffixes: B lists of token ids that follow the response and end with eos;
+    without them every response ends itself. keep: of each draft a list of bool, the tokens that must stay; they do not
+    move against each other where they stand side by side. order of unmasking: "confidence" or "random", the latter from
+    seeds, B ints, by default 0, 1, 2, ... max_edits: per pass and sequence; None for all. No response grows beyond
+    init_num tokens, or its draft's, nor a text beyond max_positions. A prompt gets the same answer alone and in any
+    batch (in float32, and with the same seed if the order is random).
     on_step(t, x, op, sub_token, ins_token, label) is called with the text before each pass and the edits about to be
     applied to it; t is the fraction of the planned passes behind it, label "mask" or "edit". Raises ValueError for an
     empty prompt.
     """
-    if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
-        raise ValueError(f"prompt {empty[0]} is empty; a prompt needs at least one token")
     if not prompts:
         return []
     device = next(model.parameters()).device
-    x = Ragged.pack([[*prompt, *[tokens["mask"]] * init_num] for prompt in prompts], device)
-    prompt_len = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    x = frozen_text(prompts, drafts or [[tokens["mask"]] * init_num] * len(prompts), suffixes, keep, device)
     seeds = torch.tensor(range(len(prompts)) if seeds is None else seeds, device=device)
-    max_len, mask_passes = torch.full_like(prompt_len, init_num), min(mask_diffusion_step, init_num)
-    passes = torch.full_like(prompt_len, mask_passes)
+    mask_passes = 0 if drafts else min(mask_diffusion_step, init_num)
 
     def on_pass(label, step, x, edits):
         done = step if label == "mask" else mask_passes + step
         if on_step:
             on_step(done / (mask_passes + edit_diffusion_step), x, *edits, label)
 
-    x = fill_masks(model, x, prompt_len, passes, tokens, order=order, seeds=seeds, on_pass=on_pass)
-    x = close_draft(x, prompt_len, tokens)
-    drafts, limits = contents(x, prompt_len), {"max_len": max_len, "max_edits": max_edits}
-    x, used = refine(model, x, prompt_len, edit_diffusion_step, tokens, **limits, on_pass=on_pass)
+    passes = torch.full_like(x.lengths, mask_passes)
+    x = close_draft(fill_masks(model, x, passes, tokens, order=order, seeds=seeds, on_pass=on_pass), tokens)
+    drafts, free = contents(x), free_lengths(x)
+    room = init_num if max_positions is None else (max_positions - x.lengths + free).clamp(max=init_num)
+    limits = {"max_len": free.clamp(min=room), "max_edits": max_edits}
+    x, used = refine(model, x, edit_diffusion_step, tokens, **limits, on_pass=on_pass)
     return [
-        Generated(text, [*text, tokens["eos"]], {"mask_passes": mask_passes, "edit_passes": n}, draft)
-        for draft, text, n in zip(drafts, contents(x, prompt_len), used.tolist())
+        Generated(text, row[len(prompt) :], {"mask_passes": mask_passes, "edit_passes": n}, draft)
+        for prompt, draft, text, row, n in zip(prompts, drafts, contents(x), x.unpack(), used.tolist())
     ]
 
 
@@ -452,21 +461,19 @@ def rollout(
     Raises ValueError where a response cannot be labelled (`response_text`).
     """
     clean = [response_text(e.response, tokens) for e in examples]
-    x, prompt_len = pack_examples(examples)
-    masked = draw_masks(x, prompt_len, stratified(len(x), min_t, max_t, generator), generator)
+    x = pack_examples(examples)
+    masked = draw_masks(x, stratified(len(x), min_t, max_t, generator), generator)
     seeds = torch.randint(2**62, (len(x),), generator=generator)
     count = torch.bincount(x.batch[masked], minlength=len(x))
     passes = (-(-count // plan.tokens_per_pass)).clamp(max=plan.max_passes)  # rounded up
     device = next(model.parameters()).device
     x = replace(x, ids=x.ids.index_fill(0, masked, tokens["mask"])).to(device)
-    prompt_len, seeds, passes = prompt_len.to(device), seeds.to(device), passes.to(device)
-    max_len = x.lengths - prompt_len
+    seeds, passes, max_len = seeds.to(device), passes.to(device), free_lengths(x)
     longest = int(passes.max())
     rounds = all_reduce_max(longest, True, device)
-    x = fill_masks(model, x, prompt_len, passes, tokens, order=order, seeds=seeds, rounds=rounds)
-    x = close_draft(x, prompt_len, tokens)
-    x, used = refine(model, x, prompt_len, plan.edit_passes(longest), tokens, max_len=max_len, lockstep=True)
-    batch = label_drafts(x, prompt_len, clean, tokens)
+    x = close_draft(fill_masks(model, x, passes, tokens, order=order, seeds=seeds, rounds=rounds), tokens)
+    x, used = refine(model, x, plan.edit_passes(longest), tokens, max_len=max_len, lockstep=True)
+    batch = label_drafts(x, clean, tokens)
     batch.counts.update(mask_passes=longest, edit_passes=int(used.max()))
     return batch
 
@@ -476,11 +483,11 @@ def response_text(response: Sequence[int], tokens: dict) -> list[int]:
 
     Raises ValueError if eos, pad, mask or `<|del|>` stand inside: as labels they would mean something else.
     """
-    response = list(response)
-    end = response.index(tokens["eos"]) if tokens["eos"] in response else len(response)
-    wrong = [name for name in ("pad", "mask", "del") if tokens[name] in response[:end]]
-    if wrong or set(response[end:]) - {tokens["eos"], tokens["pad"]}:
-        name = wrong[0] if wrong else "eos"
+    response, closing = list(response), (tokens["eos"], tokens["pad"])
+    end = next((i for i, token in enumerate(response) if token in closing), len(response))
+    wrong = [name for name in ("mask", "del") if tokens[name] in response[:end]]
+    if wrong or set(response[end:]) - set(closing):
+        name = wrong[0] if wrong else ("eos", "pad")[closing.index(response[end])]
         raise ValueError(
             f"a response holds the {name} token (id {tokens[name]}) inside its text, where it cannot be labelled for "
             "editing; remove it from the training data"
@@ -488,15 +495,19 @@ def response_text(response: Sequence[int], tokens: dict) -> list[int]:
     return response[:end]
 
 
-def label_drafts(x: Ragged, prompt_len: Tensor, clean: list[list[int]], tokens: dict) -> Batch:
+def label_drafts(x: Ragged, clean: list[list[int]], tokens: dict) -> Batch:
     """Edit labels of closed drafts x against the wanted texts. The label of gap k goes to the row in front of it.
 
+    Behind the last token a suffix follows, and its first token is the label there: nothing in a text shows where its
+    suffix begins. So where the wanted text goes on with just that token, the label asks for nothing to be inserted.
     Weights: per head the mean over a sample's rows, averaged over samples.
     """
-    noisy, device = contents(x, prompt_len), x.ids.device
+    noisy, device = contents(x), x.ids.device
     labels = edit_labels_batch(noisy, clean, tokens["del"], tokens["eos"], IGNORE)
     token_target, insert_target = (torch.cat([torch.as_tensor(l[k]) for l in labels]).to(device) for k in (0, 1))
-    text, gaps = text_and_gaps(x, prompt_len)
+    text, gaps = text_and_gaps(x)
+    suffix = x.ids[gaps[torch.bincount(x.batch[gaps]).cumsum(0) - 1] + 1]  # [B] the first token of each
+    insert_target = insert_target.where(insert_target != tokens["eos"], suffix[x.batch[gaps]])
     gaps, insert_target = gaps[insert_target != IGNORE], insert_target[insert_target != IGNORE]
     text_weight, gap_weight = (per_sample_mean(x.batch[rows], len(x)) for rows in (text, gaps))
     # Substitutions and deletions are labels that differ from the token; what survives and what is inserted is `clean`.
@@ -583,11 +594,12 @@ def start_length(settings) -> int:
     return settings.init_num
 
 
-def generate(model, prompts: list, settings, seeds: list[int], drafts=None, on_step=None) -> list[Generated]:
-    if drafts:
-        raise ValueError("--draft is for Edit Flows checkpoints; ME-DLM writes its draft itself")
+def generate(
+    model, prompts: list, settings, seeds: list[int], drafts=None, suffixes=None, keep=None, on_step=None
+) -> list[Generated]:
     s = settings
     return decode(
-        model, prompts, s.tokens, init_num=s.init_num, mask_diffusion_step=s.mask_diffusion_step,
-        edit_diffusion_step=s.edit_diffusion_step, order=s.order, max_edits=s.max_edits, seeds=seeds, on_step=on_step,
+        model, prompts, s.tokens, drafts=drafts, suffixes=suffixes, keep=keep, init_num=s.init_num,
+        mask_diffusion_step=s.mask_diffusion_step, edit_diffusion_step=s.edit_diffusion_step, order=s.order,
+        max_edits=s.max_edits, max_positions=s.max_positions, seeds=seeds, on_step=on_step,
     )  # fmt: skip

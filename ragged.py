@@ -11,13 +11,14 @@ The same object travels through data, model, loss and sampler. Shapes in this re
 D hidden, V vocabulary, N selected rows.
 
     Ragged         the row and its fences
+    frozen_text    what may be edited in them, and what may not
     apply_edits    one round of edits
     uniform_noise  random numbers that do not depend on the batch; `stratified`: ones that cover it evenly
     Generated      what a method returns for one prompt
     weighted_nll   cross-entropy on chosen rows
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 KEEP, SUB, DEL, INS = 0, 1, 2, 3  # the edits, in the order in which ties are broken (edit_distance.c)
 GAP = -1  # "no token here": the other side of an insertion or a deletion
+FREE, ANCHOR, FROZEN = 0, 1, 2  # a token that may be edited; one that stays but may get a new right neighbour; neither
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class Ragged:
     ids        int64 [T]
     cu_seqlens int32 [B + 1], cu_seqlens[0] = 0, cu_seqlens[B] = T, never decreasing
     max_seqlen length of the longest sequence
+    frozen     uint8 [T] FREE, ANCHOR or FROZEN for every token; None where nobody edits
     """
 
     ids: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    frozen: Tensor | None = None
 
     @staticmethod
     def pack(sequences, device=None) -> "Ragged":
@@ -50,11 +54,11 @@ class Ragged:
         return Ragged.from_lengths(ids.to(device), torch.tensor(lengths, dtype=torch.int64, device=device))
 
     @staticmethod
-    def from_lengths(ids: Tensor, lengths: Tensor) -> "Ragged":
+    def from_lengths(ids: Tensor, lengths: Tensor, frozen: Tensor | None = None) -> "Ragged":
         """A flat row [T] and the B lengths it divides into."""
         cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=ids.device)
         cu_seqlens[1:] = lengths.cumsum(0)
-        return Ragged(ids, cu_seqlens, int(lengths.max()) if len(lengths) else 0)
+        return Ragged(ids, cu_seqlens, int(lengths.max()) if len(lengths) else 0, frozen)
 
     def unpack(self) -> list[list[int]]:
         """Back to B lists of token ids."""
@@ -62,11 +66,14 @@ class Ragged:
         return [ids[a:b] for a, b in zip(fences[:-1], fences[1:])]
 
     def to(self, device) -> "Ragged":
-        return Ragged(self.ids.to(device), self.cu_seqlens.to(device), self.max_seqlen)
+        frozen = None if self.frozen is None else self.frozen.to(device)
+        return Ragged(self.ids.to(device), self.cu_seqlens.to(device), self.max_seqlen, frozen)
 
     def select(self, chosen: Tensor) -> "Ragged":
         """The sequences for which chosen, bool [B], is true."""
-        return Ragged.from_lengths(self.ids[chosen[self.batch]], self.lengths[chosen])
+        tokens = chosen[self.batch]
+        frozen = None if self.frozen is None else self.frozen[tokens]
+        return Ragged.from_lengths(self.ids[tokens], self.lengths[chosen], frozen)
 
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1
@@ -106,13 +113,43 @@ def apply_edits(x: Ragged, op: Tensor, sub_token: Tensor, ins_token: Tensor) -> 
     sub_token int64 [T]  what a SUB token becomes (not read elsewhere)
     ins_token int64 [T]  inserted directly to the right of the token, GAP for nothing; a deleted token may insert too
 
-    A token followed by its insertion is two slots; the slots that hold something are the new row.
+    A token followed by its insertion is two slots; the slots that hold something are the new row. What is inserted is
+    FREE. Frozen tokens are the caller's to respect: `editable` says what may be done.
     """
     survivor = torch.where(op == SUB, sub_token, x.ids)
     slots = torch.stack([torch.where(op == DEL, GAP, survivor), ins_token], dim=1)  # [T, 2]
     filled = slots != GAP
     lengths = torch.zeros_like(x.lengths).index_add_(0, x.batch, filled.sum(1))
-    return Ragged.from_lengths(slots[filled], lengths)
+    frozen = None if x.frozen is None else F.pad(x.frozen[:, None], (0, 1), value=FREE)[filled]
+    return Ragged.from_lengths(slots[filled], lengths, frozen)
+
+
+def frozen_text(prompts, middles, suffixes=None, keep=None, device=None) -> Ragged:
+    """B texts of which only the middle may be edited: prompt + middle + suffix, each a list of token ids.
+
+    A frozen token never changes, and no frozen span is split: behind its last token something may be inserted (behind
+    a suffix nothing), behind the others not. suffixes: None for none. keep: of each middle a list of bool, its tokens
+    that are frozen as well; None for none. Raises ValueError for an empty prompt: its last token anchors what is
+    inserted in front.
+    """
+    if not all(map(len, prompts)):
+        raise ValueError("every prompt needs at least one token (BOS): it anchors what is inserted in front")
+    suffixes = suffixes or [[]] * len(prompts)
+    keep = keep or [[False] * len(middle) for middle in middles]
+    states = []
+    for prompt, kept, suffix in zip(prompts, keep, suffixes, strict=True):
+        ends = [*(not k for k in kept[1:]), True]
+        states += [FROZEN] * (len(prompt) - 1) + [ANCHOR]
+        states += [FREE if not k else ANCHOR if end else FROZEN for k, end in zip(kept, ends)]
+        states += [FROZEN] * len(suffix)
+    x = Ragged.pack([[*p, *m, *s] for p, m, s in zip(prompts, middles, suffixes, strict=True)], device)
+    return replace(x, frozen=torch.tensor(states, dtype=torch.uint8, device=device))
+
+
+def editable(x: Ragged) -> Tensor:
+    """bool [T, 3]: whether each token may be substituted, be deleted, get a new right neighbour."""
+    free, extensible = x.frozen == FREE, x.frozen != FROZEN
+    return torch.stack([free, free, extensible], dim=1)
 
 
 def uniform_noise(seed: Tensor, step: int, position: Tensor, stream: int | Tensor) -> Tensor:

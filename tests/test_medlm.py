@@ -16,7 +16,7 @@ from torch import nn
 import medlm
 from edit_distance import distance, edit_labels
 from plumbing import checkpoints, methods
-from ragged import DEL, GAP, KEEP, SUB, Ragged, apply_edits, stratified
+from ragged import ANCHOR, DEL, FREE, FROZEN, GAP, KEEP, SUB, Ragged, apply_edits, frozen_text, stratified
 
 V = 64
 TOKENS = {"mask": 60, "pad": 61, "del": 62, "eos": 63}
@@ -28,8 +28,13 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def example(prompt, response):
-    return SimpleNamespace(prompt=prompt, response=response)
+def example(prompt, response, suffix=()):
+    return SimpleNamespace(prompt=prompt, response=response, suffix=list(suffix))
+
+
+def closed(*rows):
+    """Closed drafts from (prompt, text)."""
+    return frozen_text([p for p, _ in rows], [t for _, t in rows], [[EOS]] * len(rows))
 
 
 def random_examples(seed, n=5):
@@ -91,14 +96,16 @@ class Oracle(nn.Module):
         self.sizes.append(len(x))
         hidden = []
         for row in x.unpack():
-            n, draft, target = self.cases[row[0]]
+            n, draft, target, *end = self.cases[row[0]]
+            suffix = end[0] if end else [EOS]
             said = torch.tensor([[DELETE, 7]] * len(row), dtype=torch.float32)
+            last = len(row) - len(suffix)
             if MASK in row[n:]:
                 said[n:, 0] = torch.tensor((draft + [PAD] * len(row))[: len(row) - n])
             elif len(row) > n:
-                token, insert = edit_labels(row[n:-1], target, DELETE, EOS)
-                said[n:-1, 0] = torch.tensor(token)
-                said[n - 1 : -1, 1] = torch.tensor(np.where(insert == -100, 7, insert))
+                token, insert = edit_labels(row[n:last], target, DELETE, EOS)
+                said[n:last, 0] = torch.tensor(token)
+                said[n - 1 : last, 1] = torch.tensor(np.where(insert == -100, 7, insert))
             hidden.append(said)
         return torch.cat(hidden)
 
@@ -314,13 +321,12 @@ responses = st.lists(st.sampled_from([0, 1, PAD, EOS]), max_size=8)
     )
 )
 def test_close_draft_cuts_at_the_first_eos_drops_pads_and_ends_with_one_eos(cases):
-    x = Ragged.pack([p + r for p, r in cases])
-    prompt_len = torch.tensor([len(p) for p, _ in cases])
-    closed = medlm.close_draft(x, prompt_len, TOKENS)
+    x = frozen_text([p for p, _ in cases], [r for _, r in cases])
+    closed = medlm.close_draft(x, TOKENS)
     expected = [[t for t in itertools.takewhile(lambda t: t != EOS, r) if t != PAD] for _, r in cases]
     assert closed.unpack() == [p + e + [EOS] for (p, _), e in zip(cases, expected)]
-    assert medlm.contents(closed, prompt_len) == expected
-    text, gaps = medlm.text_and_gaps(closed, prompt_len)
+    assert medlm.contents(closed) == expected
+    text, gaps = medlm.text_and_gaps(closed)
     assert closed.ids[text].tolist() == list(itertools.chain(*expected))
     assert closed.ids[gaps].tolist() == list(itertools.chain(*([p[-1], *e] for (p, _), e in zip(cases, expected))))
 
@@ -336,8 +342,8 @@ class Fickle(Tiny):
 
 @pytest.mark.parametrize("order", ["confidence", "random"])
 def test_masks_are_filled_in_equal_shares_and_never_with_del_or_mask(order):
-    x = Ragged.pack([[1, MASK] + [MASK] * 10, [2, 7, 8], [3] + [MASK] * 3])  # a mask in a prompt is left alone
-    prompt_len, passes = torch.tensor([2, 1, 1]), torch.tensor([4, 0, 3])
+    x = frozen_text([[1, MASK], [2], [3]], [[MASK] * 10, [7, 8], [MASK] * 3])  # a mask in a prompt is left alone
+    passes = torch.tensor([4, 0, 3])
     counts = []
 
     def count(label, step, x, edits):
@@ -345,7 +351,7 @@ def test_masks_are_filled_in_equal_shares_and_never_with_del_or_mask(order):
 
     settings = {"order": order, "seeds": torch.arange(3), "on_pass": count}
     with torch.no_grad():
-        filled = medlm.fill_masks(Fickle(), x, prompt_len, passes, TOKENS, **settings)
+        filled = medlm.fill_masks(Fickle(), x, passes, TOKENS, **settings)
     assert counts == [[3, 0, 1], [3, 0, 1], [2, 0, 1], [2, 0, 0]]
     rows = filled.unpack()
     assert rows[0][:2] == [1, MASK]
@@ -354,11 +360,11 @@ def test_masks_are_filled_in_equal_shares_and_never_with_del_or_mask(order):
 
 
 def test_confident_order_fills_the_surest_masks_first():
-    model, x = Tiny(), Ragged.pack([[1] + [MASK] * 6])
+    model, x = Tiny(), frozen_text([[1]], [[MASK] * 6])
     seen = []
     settings = {"order": "confidence", "seeds": None, "on_pass": lambda label, step, x, edits: seen.append((x, edits))}
     with torch.no_grad():
-        medlm.fill_masks(model, x, torch.tensor([1]), torch.tensor([3]), TOKENS, **settings)
+        medlm.fill_masks(model, x, torch.tensor([3]), TOKENS, **settings)
         for before, (op, token, _) in seen:
             logits = model.lm_head(model(before)).index_fill(1, torch.tensor([MASK, DELETE]), -torch.inf)
             best = logits.log_softmax(1).max(1)
@@ -369,17 +375,15 @@ def test_confident_order_fills_the_surest_masks_first():
 
 def test_random_order_depends_on_the_seed_alone():
     def order(seeds, rows):
-        x = Ragged.pack([[1] + [MASK] * 12] * rows)
+        x = frozen_text([[1]] * rows, [[MASK] * 12] * rows)
         masks = []
 
         def note(label, step, x, edits):
             masks.append(edits[0].view(rows, 13).argmax(1))  # one mask per sequence and pass
 
-        prompt_len, passes = torch.ones(rows).long(), torch.full((rows,), 12)
+        passes = torch.full((rows,), 12)
         with torch.no_grad():
-            medlm.fill_masks(
-                Tiny(), x, prompt_len, passes, TOKENS, order="random", seeds=torch.tensor(seeds), on_pass=note
-            )
+            medlm.fill_masks(Tiny(), x, passes, TOKENS, order="random", seeds=torch.tensor(seeds), on_pass=note)
         return torch.stack(masks, 1).tolist()
 
     batch = order([5, 6, 5], 3)
@@ -407,30 +411,29 @@ def test_the_example_in_the_header():
 texts = st.lists(LETTERS, max_size=9)
 
 
-@given(st.lists(st.tuples(st.integers(1, 3), texts, texts), min_size=1, max_size=5), st.randoms())
+suffixes = st.lists(LETTERS, max_size=3).map(lambda s: [8, *s, EOS] if s else [EOS])
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), texts, texts, suffixes), min_size=1, max_size=5), st.randoms())
 @settings(deadline=None, max_examples=200)
 def test_following_the_labels_every_edit_pass_lowers_the_distance_until_the_target_is_reached(cases, rng):
-    rows = [[9] * n + draft + [EOS] for n, draft, _ in cases]
-    prompt_len = torch.tensor([n for n, _, _ in cases])
+    x = frozen_text([[9] * n for n, *_ in cases], [draft for _, draft, *_ in cases], [s for *_, s in cases])
     for _ in range(10):
-        x = Ragged.pack(rows)
-        drafts = medlm.contents(x, prompt_len)
-        distances = [distance(a, target) for a, (_, _, target) in zip(drafts, cases)]
+        drafts = medlm.contents(x)
+        distances = [distance(a, target) for a, (_, _, target, _) in zip(drafts, cases)]
         if not any(distances):
             break
-        batch = medlm.label_drafts(x, prompt_len, [target for _, _, target in cases], TOKENS)
+        batch = medlm.label_drafts(x, [target for _, _, target, _ in cases], TOKENS)
         assert batch.counts["edit_distance"] == pytest.approx(sum(distances) / len(distances))
         following = torch.tensor([rng.randrange(4) for _ in x.ids])  # what an unsupervised gap says must not matter,
-        outside = (x.positions < prompt_len[x.batch] - 1) | (x.ids == EOS)  # and outside the response there are no gaps
-        following[outside] = GAP
+        following[x.frozen == FROZEN] = GAP  # and outside the response there are no gaps
         following[batch.next_row] = batch.next_token
         token = x.ids.index_copy(0, batch.lm_row, batch.lm_token.masked_fill(batch.lm_token == DELETE, GAP))
-        rows = apply_edits(x, *medlm.edit_pass(x, token, following)).unpack()
-        for row, before, (n, _, target) in zip(rows, distances, cases):
-            assert row[:n] == [9] * n
-            assert row[-1] == EOS
-            assert before == 0 or distance(row[n:-1], target) < before
-    assert [row[n:-1] for row, (n, _, _) in zip(rows, cases)] == [target for _, _, target in cases]
+        x = apply_edits(x, *medlm.edit_pass(x, token, following))
+        for row, text, before, (n, _, target, suffix) in zip(x.unpack(), medlm.contents(x), distances, cases):
+            assert row == [9] * n + text + suffix
+            assert before == 0 or distance(text, target) < before
+    assert medlm.contents(x) == [target for _, _, target, _ in cases]
 
 
 drafts = st.lists(st.sampled_from([0, 1, 2, PAD, EOS]), max_size=9)
@@ -502,8 +505,8 @@ class Swap(nn.Module):
 
 @torch.no_grad()
 def test_a_sequence_that_comes_back_to_a_text_is_finished():
-    x, one = Ragged.pack([[1, 5, 2, EOS], [1, 4, 4, EOS], [1, EOS]]), torch.tensor([1, 1, 1])
-    out, used = medlm.refine(Swap(), x, one, 16, TOKENS, max_len=9 * one)
+    x = closed(([1], [5, 2]), ([1], [4, 4]), ([1], []))
+    out, used = medlm.refine(Swap(), x, 16, TOKENS, max_len=torch.full((3,), 9))
     assert out.unpack() == [[1, 5, 2, EOS], [1, 3, 3, EOS], [1, EOS]]
     assert used.tolist() == [2, 2, 1]
 
@@ -529,13 +532,13 @@ def test_no_response_outgrows_its_room_and_edits_never_write_special_tokens():
 
 @torch.no_grad()
 def test_limited_edits_are_the_surest_ones():
-    x = Ragged.pack([[1, 5, 4, 5, 4, EOS]])  # Swap is surer about 4 -> 3 than about 5 -> 6
-    one = torch.tensor([1])
-    op, sub, ins = medlm.propose_edits(Swap(), x, one, one.bool(), TOKENS, one * 9, 2)
+    x = closed(([1], [5, 4, 5, 4]))  # Swap is surer about 4 -> 3 than about 5 -> 6
+    active = torch.tensor([True])
+    op, sub, ins = medlm.propose_edits(Swap(), x, active, TOKENS, torch.tensor([9]), 2)
     assert op.tolist() == [KEEP, KEEP, SUB, KEEP, SUB, KEEP]
     assert sub[op == SUB].tolist() == [3, 3]
     assert (ins == GAP).all()
-    *_, odds = medlm.predict_edits(Swap(), x, one, one.bool(), TOKENS)
+    *_, odds = medlm.predict_edits(Swap(), x, active, TOKENS)
     assert odds[1:5, 0].tolist() == [5 - 2, 9 - 2, 5 - 2, 9 - 2]
 
 
@@ -575,7 +578,7 @@ def test_decode_with_nothing_to_do():
         steps = {"init_num": init_num, "mask_diffusion_step": 4, "edit_diffusion_step": edits}
         (one,) = medlm.decode(model, [[20]], TOKENS, **steps)
         assert (one.response, one.draft, one.tokens, tuple(one.passes.values())) == ([], [], [EOS], passes)
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
+    with pytest.raises(ValueError, match="every prompt needs at least one token"):
         medlm.decode(Tiny(), [[1], []], TOKENS)
 
 
@@ -585,6 +588,113 @@ def test_special_tokens_names_what_is_missing():
     full.del_id = None
     with pytest.raises(ValueError, match=r"no del token.*convert.py --to medlm"):
         methods.special_tokens(medlm, full)
+
+
+# ---------------------------------------------------------------------------------------------------- frozen spans
+
+ids = st.integers(0, V - 1)  # special tokens included
+spans = st.lists(st.tuples(st.booleans(), ids), max_size=6)  # of a draft: (kept, token)
+frozen_cases = st.tuples(st.lists(ids, min_size=1, max_size=3), spans, st.lists(ids, max_size=3))
+
+
+def frozen_spans(prompt, span, suffix):
+    """Runs of tokens that must stay and stay together: the prompt, every kept run, the suffix."""
+    runs = [[token for _, token in run] for kept, run in itertools.groupby(span, lambda s: s[0]) if kept]
+    return [prompt, *runs, *([suffix] if suffix else [])]
+
+
+def holds(row, runs):
+    """Whether the runs stand in the row in this order: the first at its start, the last, if it is a suffix, anywhere
+    behind the others."""
+    if not runs:
+        return True
+    n = len(runs[0])
+    return any(row[i : i + n] == runs[0] and holds(row[i + n :], runs[1:]) for i in range(len(row) - n + 1))
+
+
+@given(
+    st.lists(frozen_cases, min_size=1, max_size=4), st.integers(0, 10**6), st.booleans(), st.booleans(),
+    st.sampled_from([None, 2]),
+)  # fmt: skip
+@settings(deadline=None, max_examples=150)
+def test_no_token_of_a_frozen_span_ever_changes_moves_or_is_split(cases, seed, drafted, suffixed, max_edits):
+    model, states = Tiny(seed), []
+    given_drafts = {}
+    if drafted:
+        given_drafts["drafts"] = [[token for _, token in span] for _, span, _ in cases]
+        given_drafts["keep"] = [[kept for kept, _ in span] for _, span, _ in cases]
+    if suffixed:
+        given_drafts["suffixes"] = [[*suffix, EOS] for *_, suffix in cases]
+    decoded = medlm.decode(
+        model, [prompt for prompt, *_ in cases], TOKENS, **given_drafts, init_num=5, mask_diffusion_step=2,
+        edit_diffusion_step=4, max_edits=max_edits, on_step=lambda t, *step: states.append(step),
+    )  # fmt: skip
+    texts = [[x.unpack() for x in (x, apply_edits(x, *edits))] for x, *edits, _ in states]
+    texts = [rows for pair in texts for rows in pair]
+    texts.append([prompt + d.tokens for (prompt, *_), d in zip(cases, decoded)])
+    for rows in texts:
+        for row, (prompt, span, suffix) in zip(rows, cases):
+            suffix = [*suffix, EOS] if suffixed else []
+            assert row[: len(prompt)] == prompt
+            assert row[len(row) - len(suffix) :] == suffix
+            assert holds(row, frozen_spans(prompt, span if drafted else [], suffix))
+    for d, (*_, suffix) in zip(decoded, cases):
+        suffix = [*suffix, EOS] if suffixed else [EOS]
+        assert d.tokens == d.response + suffix
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), texts, texts, suffixes), min_size=1, max_size=4))
+@settings(deadline=None)
+def test_a_given_draft_is_edited_and_no_mask_is_filled(cases):
+    known = {20 + i: (n, draft, target, suffix) for i, (n, draft, target, suffix) in enumerate(cases)}
+    model = Oracle(known)
+    prompts = [[20 + i, *[9] * (n - 1)] for i, (n, *_) in enumerate(cases)]
+    decoded = medlm.decode(
+        model, prompts, TOKENS, drafts=[draft for _, draft, *_ in cases], suffixes=[s for *_, s in cases], init_num=9,
+        edit_diffusion_step=12,
+    )  # fmt: skip
+    assert [d.draft for d in decoded] == [draft for _, draft, *_ in cases]
+    assert [d.response for d in decoded] == [target for *_, target, _ in cases]
+    assert all(d.passes["mask_passes"] == 0 for d in decoded)
+    assert model.forwards == max(d.passes["edit_passes"] for d in decoded)
+
+
+def test_the_masks_stand_between_prompt_and_suffix_and_no_text_outgrows_the_positions():
+    for seed in range(10):
+        model = Tiny(seed)
+        model.next_token_head.bias.data[3] = 50  # inserts wherever it may
+        rows = []
+        decoded = medlm.decode(
+            model, [[1, 2], [3]], TOKENS, suffixes=[[7, EOS], [5, 6, EOS]], init_num=4, mask_diffusion_step=2,
+            edit_diffusion_step=6, max_positions=7, on_step=lambda t, x, *_, rows=rows: rows.append(x.unpack()),
+        )  # fmt: skip
+        assert rows[0] == [[1, 2, *[MASK] * 4, 7, EOS], [3, *[MASK] * 4, 5, 6, EOS]]
+        assert all(len(d.tokens) + n <= 8 for d, n in zip(decoded, (2, 1)))
+
+
+def test_behind_a_response_its_suffix_is_the_label_even_where_the_wanted_text_goes_on_as_the_suffix_does():
+    x = frozen_text([[9]], [[1]], [[3, 4, EOS]])
+    for wanted in ([1], [1, 3]):
+        batch = medlm.label_drafts(x, [wanted], TOKENS)
+        assert batch.next_row.tolist() == [0, 1]
+        assert batch.next_token.tolist() == [1, 3]  # 3 stands there already
+
+
+def test_a_suffix_is_trained_around():
+    examples = [example([1, 2], [3, 4, PAD], [7, EOS]), example([1], [5], [EOS]), example([6], [3, EOS])]
+    for seed in range(10):
+        batch, _ = mask_batch(examples, seed)
+        assert set(batch.lm_row.tolist()) <= {2, 3, 4, 8, 11, 12}
+        plan = medlm.RolloutPlan(2, 6, 0.9)
+        batch = medlm.rollout(Tiny(seed), examples, plan, TOKENS, min_t=0.5, max_t=1.0, generator=seeded(seed))
+        rows, frozen = batch.x.unpack(), batch.x.frozen.split(batch.x.lengths.tolist())
+        ends = [e.suffix or [EOS] for e in examples]
+        assert [row[-len(end) :] for row, end in zip(rows, ends)] == ends
+        for e, states, end in zip(examples, frozen, ends):
+            middle = len(states) - len(e.prompt) - len(end)
+            start = [FROZEN] * (len(e.prompt) - 1) + [ANCHOR]
+            assert states.tolist() == start + [FREE] * middle + [FROZEN] * len(end)
+        assert set(batch.lm_row.tolist()) == set((batch.x.frozen == FREE).nonzero().flatten().tolist())
 
 
 # ---------------------------------------------------------------------------------------------------- rollouts
@@ -660,8 +770,7 @@ def test_rollouts_carry_the_labels_of_their_own_drafts_and_the_loss_equals_the_s
 
 
 def test_an_empty_rollout_trains_the_insertion_behind_the_prompt_and_nothing_else():
-    x, prompt_len = Ragged.pack([[8, 9, EOS], [8, EOS]]), torch.tensor([2, 1])
-    batch = medlm.label_drafts(x, prompt_len, [[3, 1], []], TOKENS)
+    batch = medlm.label_drafts(closed(([8, 9], []), ([8], [])), [[3, 1], []], TOKENS)
     assert len(batch.lm_row) == 0
     assert batch.next_row.tolist() == [1, 3]
     assert batch.next_token.tolist() == [3, EOS]
@@ -695,7 +804,7 @@ def test_filling_takes_as_many_passes_as_planned_and_never_more_than_the_limit()
 
 @pytest.mark.parametrize(
     ("response", "name"),
-    [([1, EOS, 2], "eos"), ([1, PAD, 2, EOS], "pad"), ([DELETE, EOS], "del"), ([1, MASK], "mask"), ([1, PAD], "pad")],
+    [([1, EOS, 2], "eos"), ([1, PAD, 2, EOS], "pad"), ([DELETE, EOS], "del"), ([1, MASK], "mask"), ([EOS, 2], "eos")],
 )
 def test_responses_that_cannot_be_labelled_are_refused(response, name):
     with pytest.raises(ValueError, match=f"holds the {name} token"):
@@ -704,7 +813,7 @@ def test_responses_that_cannot_be_labelled_are_refused(response, name):
 
 def test_response_text_ends_before_eos_and_pads():
     assert medlm.response_text([1, 2, EOS, PAD, PAD], TOKENS) == [1, 2]
-    assert medlm.response_text([1, 2], TOKENS) == [1, 2]
+    assert medlm.response_text([1, 2], TOKENS) == medlm.response_text([1, 2, PAD], TOKENS) == [1, 2]
     assert medlm.response_text([EOS], TOKENS) == medlm.response_text([], TOKENS) == []
 
 
