@@ -374,6 +374,18 @@ def test_published_edit_flows_checkpoints_convert_with_their_heads(tmp_path):
     assert torch.equal(medlm_model.lm_head.weight[:KNOWN], heads["sub_logits.weight"][:KNOWN])
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_causal_model_made_bidirectional_by_the_published_system(tmp_path, kind):
+    """Its model type begins with a2d-. What is made of it has the published settings, unless flags say otherwise."""
+    model = make_source(tmp_path / "in", kind)
+    edit_json(tmp_path / "in/config.json", model_type=f"a2d-{kind}")
+    assert_agrees(run(tmp_path / "in", tmp_path / "medlm", "medlm"), model)
+    published = {"schedule": "linear", "x0_sampler": "masks[length:64]"}
+    for flags, changed in ((), {}), (("--x0_sampler", "empty"), {"x0_sampler": "empty"}):
+        out = run(tmp_path / "in", tmp_path / f"flow{len(flags)}", "editflow", *flags)
+        assert (published | changed).items() <= checkpoints.load(out).config.nanoedit.items()
+
+
 # ---------------------------------------------------------------------------------------------------- tokens
 
 
