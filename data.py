@@ -197,6 +197,8 @@ def data_files(name: str, hub_files=None) -> list:
     path = Path(name)
     if path.exists():
         files = _inside(path)
+    elif matching := sorted(glob.glob(name, recursive=True)):
+        files = [file for match in matching for file in _inside(Path(match))]
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", name) or suffix(path) in READERS:
         raise ValueError(f"{name}: no such file or folder (nor a hub dataset owner/name, nor toy or toy-repair)")
     else:
@@ -502,6 +504,8 @@ def encode(
     insert_eos: bool = True,
     chat_template: bool = True,
     recut: bool = True,
+    truncate: bool = False,
+    learn_prompts: bool = False,
     progress: bool = False,
 ) -> Dataset:
     """Normal records to a Dataset.
@@ -511,8 +515,9 @@ def encode(
     corpus    bos and exactly max_length - 1 tokens, cut anew every epoch; with `recut` False, as for validation, it is
               a text like any other
 
-    insert_eos ends every response, and the last piece of every text, with eos. Raises ValueError when a corpus is
-    shorter than one piece, and when the tokenizer has no bos or eos token.
+    insert_eos ends every response, and the last piece of every text, with eos. truncate: dialogues lose the end of
+    their responses, rather than being left out. learn_prompts: all of a dialogue but its first token is response.
+    Raises ValueError when a corpus is shorter than one piece, and when the tokenizer has no bos or eos token.
     """
 
     def tokenize(texts: list[str]) -> list[list[int]]:
@@ -536,7 +541,13 @@ def encode(
     examples, too_long = [], []
     for record, prompt, response, draft in zip(dialogues, prompts, responses, drafts):
         example = Example(prompt, response, None if record["draft"] is None else draft)
-        length = len(prompt) + max(len(response), len(example.draft or []))
+        room = max_length - len(prompt)
+        if truncate and room > 0:
+            example = Example(prompt, response[:room], example.draft and example.draft[:room])
+        length = len(prompt) + max(len(example.response), len(example.draft or []))
+        if learn_prompts:
+            begun = None if example.draft is None else prompt[1:] + example.draft
+            example = Example(prompt[:1], prompt[1:] + example.response, begun)
         if length <= max_length:
             examples.append(example)
         else:

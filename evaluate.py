@@ -40,11 +40,14 @@ from math import sqrt
 from pathlib import Path
 from statistics import fmean
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py, and before torch
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+import parallel
 import toy
 from plumbing import checkpoints, cli, execution, methods
 from sample import check_writable, draft_ids
@@ -396,6 +399,7 @@ def parse_args(argv=None):
     f.choice("--data", nargs="+", default=[], metavar="TASK=PATH", help="file, folder or hub dataset of a task")
     f.choice("--data_dir", help="folder with the tasks' files (default: the hub)")
     f.choice("--output_dir", default="evaluation", help="rows, verdicts, summary; a run found here is continued")
+    f.group("which samples, and how")
     f.integer("--limit", low=1, help="only the first samples of each task")
     f.choice("--system_prompt", type=cli.text, help='instead of that of the task; "" for none')
     f.integer("--seed", low=0, default=42, help="of everything random")
@@ -427,6 +431,7 @@ def main(argv=None) -> None:
         read_rows(name, out)  # raises for a broken file of an earlier run
     checkpoint = checkpoints.local_path(args.path)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    args.bf16 = parallel.bf16_if_possible(args.bf16, device)
     model, tokenizer = checkpoints.open_for_inference(checkpoint, device, args.bf16)
     prepared = {name: prepare(model, tokenizer, args, name, samples[name]) for name in samples}
     for name, (settings, generate) in prepared.items():
