@@ -15,8 +15,8 @@ the gaps gives x_t, a text half-way between. The columns that have not flipped a
     x1         t h e - y        x_t = M M e y      to do: substitute M -> t, M -> h
                    ^   ^
 
-The model sees x_t alone and learns, per token, three rates (how soon will this token be substituted, deleted, or get a
-new right neighbour?) and two distributions (by what?). Running the chain with those rates turns x0 into a text.
+The model reads x_t and learns, per token, three rates (how soon will this token be substituted, deleted, or get a new
+right neighbour?) and two distributions (by what?). Running the chain with those rates turns x0 into a text.
 
 Rates. Every remaining edit fires at rate w(t) = kappa'(t) / (1 - kappa(t)). The network gives normalised rates
 lambda >= 0; the true rate is w(t) * lambda, so lambda of an edit is the expected number of such edits still to come.
@@ -28,14 +28,17 @@ Loss per sequence, a Bregman divergence between the true and the modelled rates,
 with i over the tokens of x_t and e over the remaining edits. Many edits share one lambda (a whole run is inserted to
 the right of one token), so lambda learns their number and Q the distribution of their tokens.
 
-Read in this order: schedules, sources, `Model` (the heads), `path` (x_t and what remains), `loss`, `sample`. What
-train.py and sample.py ask of a method stands at the end.
+What may not change is a mask over tokens (`Ragged.frozen`): the prompt, a suffix, any part of a draft.
+
+Read in this order: schedules, sources, `Model` (the heads), `path` (x_t and what remains), `loss`, `sample`, and behind
+it guidance, the corrector, and the likelihood. What train.py and sample.py ask of a method stands at the end.
 """
 
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -43,10 +46,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit_distance import align_batch
-from ragged import DEL, GAP, KEEP, SUB, Generated, Ragged, apply_edits, stratified, uniform_noise, weighted_nll
+from ragged import (
+    ANCHOR,
+    DEL,
+    FREE,
+    FROZEN,
+    GAP,
+    INS,
+    KEEP,
+    SUB,
+    Generated,
+    Ragged,
+    apply_edits,
+    editable,
+    frozen_text,
+    stratified,
+    uniform_noise,
+    weighted_nll,
+)
 
 EPSILON = 1e-3  # t ~ U[0, 1 - EPSILON]: at t = 1 nothing remains and w(t) is infinite
 MAX_W = 20.0  # w(t) is clipped here, so that no single late t dominates a batch
+SUBSTITUTED = 0.5  # share of x0's tokens that a random alignment substitutes
+NORMALIZERS = ("length", "batch", "constant")  # of a text's loss
 
 
 # ---------------------------------------------------------------------------------------------------- schedules
@@ -62,10 +84,22 @@ class Schedule(NamedTuple):
         """w(t) = kappa'(t) / (1 - kappa(t)): the rate at which a remaining edit fires. Clipped at max_w."""
         return (self.d_kappa(t) / (1 - self.kappa(t)).clamp_min(1e-9)).clamp_max(max_w)
 
+    def at(self, t: float) -> float:
+        """kappa(t) of a number."""
+        return float(self.kappa(torch.tensor(t, dtype=torch.float64)))
+
+    def inverse(self, kappa: Tensor) -> Tensor:
+        """The times, float64, at which these values are reached: by bisection, for kappa never falls."""
+        low, high = torch.zeros_like(kappa), torch.ones_like(kappa)
+        for _ in range(50):
+            middle = (low + high) / 2
+            below = self.kappa(middle) < kappa
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return high
+
     def fire(self, t: float, t_next: float) -> float:
         """The probability that an edit remaining at t fires before t_next; 1 when t_next is 1."""
-        now, then = (float(self.kappa(torch.tensor(s, dtype=torch.float64))) for s in (t, t_next))
-        return min(1.0, (then - now) / max(1 - now, 1e-12))
+        return min(1.0, (self.at(t_next) - self.at(t)) / max(1 - self.at(t), 1e-12))
 
 
 PUBLISHED_SCHEDULES = {
@@ -148,54 +182,75 @@ def parse_source(spec: str) -> Source:
 
 # ---------------------------------------------------------------------------------------------------- heads
 
-TIME_FEATURES = 128
 SUBSTITUTE, DELETE, INSERT = 0, 1, 2  # columns of the rates
 
 
 class Model(nn.Module):
     """The heads of Edit Flows over a backbone, a module that turns a ragged batch into hidden states [T, D].
 
-    stored: what a checkpoint remembers. With "time_conditioned" an embedding of t is added to the input embeddings, and
-    the backbone is called as backbone(x, extra [T, D]). With the source `uniform`, `unigram` [V] holds the token
-    frequencies of the training data.
+    The backbone reads the text alone; the clock enters at the heads, so that hidden states stay valid while a text does
+    not change. What remains to be done depends on t only through the survival s = 1 - kappa(t), the probability that a
+    column has not flipped: given x_t, a longer x1 with n more columns is as much less likely as s^n is small. So a
+    rate carries the posterior odds of "something remains" against "nothing does", sigmoid(odds(h) + log s), which goes
+    to 0 with s unless the text must go on, and h itself is scaled and shifted by smooth functions of s.
+
+    stored: what a checkpoint remembers. With "clock" the heads know s. With the source `uniform`, `unigram` [V] holds
+    the token frequencies of the training data. Raises ValueError for a checkpoint that has t at its input.
     """
 
     def __init__(self, backbone: nn.Module, D: int, V: int, bias: bool = False, stored: dict | None = None):
         super().__init__()
         stored = stored or {}
+        if stored.get("time_conditioned"):
+            raise ValueError("this checkpoint was trained with t at the input, which is not read any more; train anew")
         self.model = backbone
         self.rate_heads = nn.Sequential(nn.Linear(D, 3), nn.Softplus())  # lambda of SUBSTITUTE, DELETE, INSERT
         self.sub_logits = nn.Linear(D, V, bias=bias)  # what a substituted token becomes
         self.ins_logits = nn.Linear(D, V, bias=bias)  # what is inserted to the right of a token
-        self.depends_on_t = bool(stored.get("time_conditioned"))
-        if self.depends_on_t:
-            self.time_embed = nn.Sequential(nn.Linear(TIME_FEATURES, D), nn.SiLU(), nn.Linear(D, D))
+        self.has_clock = bool(stored.get("clock"))
+        if self.has_clock:
+            self.odds = nn.Linear(D, 3)
+            self.clock = nn.Linear(len(CLOCK_POWERS), 2 * D, bias=False)  # scale and shift of h
         if str(stored.get("x0_sampler")).startswith("uniform"):
             self.register_buffer("unigram", torch.ones(V) / V)
 
     def init_heads(self, generator: torch.Generator) -> None:
-        """Small rates to begin with, a time embedding that adds nothing, equal token frequencies."""
+        """Small rates to begin with, a clock that changes little, equal token frequencies."""
         nn.init.normal_(self.rate_heads[0].weight, std=0.02, generator=generator)
         nn.init.constant_(self.rate_heads[0].bias, -2.0)  # softplus(-2) = 0.13 edits per token
         if hasattr(self, "unigram"):
             self.unigram.fill_(1 / len(self.unigram))
-        if self.depends_on_t:
-            first, _, last = self.time_embed
-            nn.init.normal_(first.weight, std=TIME_FEATURES**-0.5, generator=generator)
-            for zero in (first.bias, last.weight, last.bias):
-                nn.init.zeros_(zero)
+        if self.has_clock:
+            nn.init.zeros_(self.odds.weight)
+            nn.init.constant_(self.odds.bias, 4.0)  # sigmoid(4 + log s) > 0.8 as long as s > 0.08
+            nn.init.zeros_(self.clock.weight)
 
-    def forward(self, x: Ragged, t: Tensor | None = None) -> Tensor:
-        """Hidden states [T, D]. t float [B] is read by time-conditioned models only."""
-        if not self.depends_on_t:
-            return self.model(x)
-        return self.model(x, self.time_embed(time_features(t))[x.batch])
+    def forward(self, x: Ragged) -> Tensor:
+        """Hidden states [T, D]."""
+        return self.model(x)
+
+    def at(self, h: Tensor, s: Tensor) -> Tensor:
+        """What the heads read: hidden states h [T, D] at survival s float [T]."""
+        if not self.has_clock:
+            return h
+        features = s[:, None] ** s.new_tensor(CLOCK_POWERS)
+        scale, shift = self.clock(features.to(h.dtype)).chunk(2, dim=1)
+        return h * (1 + scale) + shift
+
+    def log_rates(self, h: Tensor, s: Tensor) -> Tensor:
+        """log lambda, float32 [T, 3], from h = `at`(hidden states, s). -inf where s is 0 and the heads know it."""
+        log_lambda = log_softplus(self.rate_heads[0](h).float())
+        if not self.has_clock:
+            return log_lambda
+        return log_lambda + F.logsigmoid(self.odds(h).float() + s.log()[:, None])
 
 
-def time_features(t: Tensor) -> Tensor:
-    """Sinusoids of t in [0, 1] at 64 frequencies from 1 to 1000 rad: [B] -> [B, 128]."""
-    freq = torch.logspace(0, 3, TIME_FEATURES // 2, device=t.device)
-    return torch.cat([(t[:, None] * freq).cos(), (t[:, None] * freq).sin()], dim=1).float()
+CLOCK_POWERS = (0.25, 0.5, 1.0, 2.0)  # of s
+
+
+def log_softplus(raw: Tensor) -> Tensor:
+    """log(softplus(raw)) with a gradient everywhere: far to the left, softplus(raw) = exp(raw) underflows to 0."""
+    return F.softplus(raw.clamp_min(-15.0)).log() + (raw + 15.0).clamp_max(0.0)
 
 
 # ---------------------------------------------------------------------------------------------------- path
@@ -203,18 +258,17 @@ def time_features(t: Tensor) -> Tensor:
 
 @dataclass
 class PathBatch:
-    """x_t for a batch, and the edits that remain. `*_row` index tokens of x_t [T]; every edit belongs to a response."""
+    """x_t for a batch, and the E edits that remain, each at a FREE token, or behind an ANCHOR."""
 
-    x: Ragged  # prompts followed by half-edited responses
-    t: Tensor  # float [B]
-    w: Tensor  # float [B]: w(t), the rate at which a remaining edit fires
-    norm: Tensor  # float [B]: by which a text's loss is divided, |x1| (response tokens only) or 1
-    prompt_len: Tensor  # int64 [B]
-    ins_row: Tensor  # int64 [N_ins]: insert ins_token to the right of the row; several may share a row
-    ins_token: Tensor
-    sub_row: Tensor  # int64 [N_sub]: substitute sub_token
-    sub_token: Tensor
-    del_row: Tensor  # int64 [N_del]
+    x: Ragged  # prompts, half-edited responses, suffixes
+    s: Tensor  # float [B]: 1 - kappa(t), the probability that a column has not flipped
+    w: Tensor  # float [B]: w(t), the rate at which a remaining edit fires by itself
+    norm: Tensor  # float [B]: by which a text's loss is divided
+    row: Tensor  # int64 [E]: the token of x_t; an insertion goes to its right, and several may share a row
+    kind: Tensor  # int64 [E]: SUBSTITUTE, DELETE or INSERT
+    token: Tensor  # int64 [E]: what is substituted or inserted, GAP for a deletion
+    rate: Tensor  # float [E]: w(t), and more where neighbours have flipped (localized paths)
+    edits: Tensor  # int64 [B]: edits on the whole way from x0 to x1
 
     def to(self, device) -> "PathBatch":
         return PathBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -222,41 +276,94 @@ class PathBatch:
 
 def path(
     prompts: list, x0: list, x1: list, t: Tensor, schedule: Schedule, generator: torch.Generator, *,
-    normalize: bool = True, max_w: float = MAX_W,
+    suffixes: list | None = None, normalize: str = "length", max_w: float = MAX_W,
+    substituted: float | None = None, propagation: float = 0.0,
 ) -> PathBatch:  # fmt: skip
     """Draw x_t given (x0, x1) for every sequence: align, flip each column with probability kappa(t), drop the gaps.
 
-    prompts, x0, x1: lists of B token lists; t: float [B]. normalize: `norm` is |x1|, at least 1; else it is 1.
-    Prompt and response are aligned as one text. The canonical script keeps equal tokens in front whatever follows, so a
-    prompt is a run of kept columns, and x_t comes out with its prompt in place. Its last token anchors insertions in
-    front of the response, so prompts must not be empty (ValueError).
+    prompts, x0, x1, suffixes (frozen behind the response): lists of B token lists; t: float [B].
+    substituted: None for the canonical script of least edits, else the share of x0's tokens that `random_columns`
+    substitutes. propagation: see `spread`; the rate of a remaining edit is then w(t) + propagation times its flipped
+    neighbours. max_w: rates are scaled so that w(t) is no larger.
+    normalize: a text's loss is divided by "length", its own |x1| (then p(x1) / |x1| is learned: short texts come too
+    often); "batch", the mean of |x1| over the batch (no such bias in large batches); "constant", 1 (none).
+    Raises ValueError for an empty prompt: its last token anchors insertions in front of the response.
     """
-    if not all(prompts):
+    if not all(map(len, prompts)):
         raise ValueError("every prompt needs at least one token (BOS): it anchors what is inserted in front")
-    texts = ([[*p, *s] for p, s in zip(prompts, side)] for side in (x0, x1))
-    z0, z1, columns = map(torch.from_numpy, align_batch(*texts))  # all columns of the batch in one row
-    batch = torch.arange(len(prompts)).repeat_interleave(columns)
-    flipped = torch.rand(len(z0), generator=generator) < schedule.kappa(t.double())[batch]
+    suffixes = suffixes or [[]] * len(prompts)
+    parts0, parts1 = (list(chain(*zip(prompts, side, suffixes, strict=True))) for side in (x0, x1))
+    if substituted is not None:
+        z0, z1, columns = random_columns(parts0, parts1, substituted, generator)
+    else:
+        z0, z1, columns = map(torch.from_numpy, align_batch(parts0, parts1))
+    part = torch.arange(len(parts0)).repeat_interleave(columns)  # 3 b + 0, 1, 2: prompt, response, suffix of text b
+    batch, t = part // 3, t.double()
+    chance = torch.rand(len(z0), generator=generator, dtype=torch.float64)
+    if propagation:
+        flipped = spread(schedule.inverse(chance), part, propagation, generator) <= t[batch]
+    else:
+        flipped = chance < schedule.kappa(t)[batch]
     zt = torch.where(flipped, z1, z0)
 
-    here = zt != GAP
-    row = here.cumsum(0) - 1  # the last token of x_t at or before each column; the anchor comes first
-    insert, delete = ~here & (z1 != GAP), here & (z1 == GAP)
-    substitute = here & (z1 != GAP) & (zt != z1)
+    here, remains = zt != GAP, zt != z1
     lengths = torch.zeros(len(prompts), dtype=torch.int64).index_add_(0, batch, here.long())
-    target_len = torch.tensor([max(1, len(s)) for s in x1], dtype=torch.float32)
-    return PathBatch(
-        x=Ragged.from_lengths(zt[here], lengths),
-        t=t.float(),
-        w=schedule.weight(t.float(), max_w),
-        norm=target_len if normalize else torch.ones_like(target_len),
-        prompt_len=torch.tensor([len(p) for p in prompts]),
-        ins_row=row[insert],
-        ins_token=z1[insert],
-        sub_row=row[substitute],
-        sub_token=z1[substitute],
-        del_row=row[delete],
-    )
+    frozen = torch.where(part % 3 == 1, FREE, FROZEN).to(torch.uint8)[here]
+    x = Ragged.from_lengths(zt[here], lengths, frozen)
+    x.frozen[x.cu_seqlens[:-1].long() + torch.tensor([len(p) - 1 for p in prompts])] = ANCHOR
+    row = here.cumsum(0) - 1  # the last token of x_t at or before each column; the anchor comes first
+    kind = torch.where(here, torch.where(z1 == GAP, DELETE, SUBSTITUTE), INSERT)
+
+    w = schedule.weight(t, max_w)
+    rate = w[batch]
+    if propagation:
+        rate = rate * (1 + propagation * flipped_neighbours(flipped, part) / schedule.weight(t, torch.inf)[batch])
+    length = torch.tensor([max(1, len(s)) for s in x1], dtype=torch.float32)
+    norm = {"length": length, "batch": length.mean().expand(len(x1)), "constant": torch.ones(len(x1))}[normalize]
+    remaining = row[remains], kind[remains], z1[remains], rate[remains].float()
+    edits = torch.bincount(batch[z0 != z1], minlength=len(prompts))
+    return PathBatch(x, (1 - schedule.kappa(t)).float(), w.float(), norm, *remaining, edits)
+
+
+def random_columns(x0: list, x1: list, substituted: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Like `align_batch`, in a random alignment: a share of x0's tokens is substituted (the paper's is a half), the
+    others are deleted, what is left of x1 is inserted, and the three are shuffled. Every pair but the responses, number
+    1 of 3, is one text twice, and kept."""
+    z0, z1, columns = [], [], []
+    for i, (a, b) in enumerate(zip(x0, x1)):
+        both = min(int(substituted * len(a)), len(b)) if i % 3 == 1 else len(a)
+        op = torch.tensor([SUB] * both + [DEL] * (len(a) - both) + [INS] * (len(b) - both), dtype=torch.int64)
+        op = op[torch.randperm(len(op), generator=generator)]
+        for z, tokens, absent in ((z0, a, INS), (z1, b, DEL)):
+            z.append(torch.full_like(op, GAP).masked_scatter(op != absent, torch.tensor(tokens, dtype=torch.int64)))
+        columns.append(len(op))
+    return torch.cat(z0), torch.cat(z1), torch.tensor(columns)
+
+
+def spread(time: Tensor, part: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    """Localized paths (paper, section 3): when each column flips, float64 [C], given when it would flip by itself.
+
+    A flipped column makes each neighbour in its part, int64 [C], flip at this rate. So a column flips at the earliest
+    over all columns of (its own time + a delay Exp(rate) for every step from there), and whatever the past, a column
+    that has not flipped does so at rate w(t) + rate * (flipped neighbours): the process is Markov in what has flipped.
+    (The paper lets every column that fires by itself cover Poisson(rate * time since) neighbours on either side.)
+    """
+    fence = torch.cat([part.new_full((1,), -1), part])[:-1] != part
+
+    def onwards(time, fence):
+        delay = -torch.rand(len(time), generator=generator, dtype=torch.float64).log() / rate
+        way = delay.masked_fill(fence, 10.0).cumsum(0)  # from column 0; no time is above 1, so nothing crosses a fence
+        return (time - way).cummin(0).values + way
+
+    ends = torch.cat([fence, fence.new_ones(1)])[1:]
+    return torch.minimum(onwards(time, fence), onwards(time.flip(0), ends.flip(0)).flip(0))
+
+
+def flipped_neighbours(flipped: Tensor, part: Tensor) -> Tensor:
+    """How many of the two neighbours in its part have flipped, float64 [C]."""
+    together, flipped = part[1:] == part[:-1], flipped.double()
+    left, right = flipped[:-1] * together, flipped[1:] * together
+    return F.pad(left, (1, 0)) + F.pad(right, (0, 1))
 
 
 # ---------------------------------------------------------------------------------------------------- loss
@@ -268,34 +375,41 @@ def loss(model, batch: PathBatch) -> tuple[Tensor, dict[str, Tensor]]:
     Returns (scalar, parts of it for logging, detached). Of the vocabulary heads only rows with a remaining insertion
     (substitution) are computed, each once.
     """
-    x, sub, dele, ins = batch.x, batch.sub_row, batch.del_row, batch.ins_row
-    h = model(x, batch.t)
-    raw = model.rate_heads[0](h).float()  # [T, 3] before the softplus
-    w = (batch.w / batch.norm / max(len(x), 1))[x.batch]  # [T]
+    x, row, kind = batch.x, batch.row, batch.kind
+    h = model.at(model(x), batch.s[x.batch])
+    log_lambda = model.log_rates(h, batch.s[x.batch])  # [T, 3]
+    mean = (1 / batch.norm / max(len(x), 1))[x.batch]  # [T]
+    w, rate = batch.w[x.batch] * mean, batch.rate * mean[row]
+    sub, ins = kind == SUBSTITUTE, kind == INSERT
 
-    sum_lambda = (F.softplus(raw) * editable(x, batch.prompt_len)).sum(1)  # [T]
-    log_lambda = log_softplus(raw)
-    nll_sub = weighted_nll(h, model.sub_logits, sub, batch.sub_token, w[sub])
-    nll_ins = weighted_nll(h, model.ins_logits, ins, batch.ins_token, w[ins])
+    sum_lambda = (log_lambda.exp() * editable(x)).sum(1)  # [T]
+    loss_rate = (w * sum_lambda).sum() - (rate * log_lambda[row, kind]).sum()
+    nll_sub = weighted_nll(h, model.sub_logits, row[sub], batch.token[sub], rate[sub])
+    nll_ins = weighted_nll(h, model.ins_logits, row[ins], batch.token[ins], rate[ins])
 
-    rate = (w * sum_lambda).sum()
-    for row, kind in ((sub, SUBSTITUTE), (dele, DELETE), (ins, INSERT)):
-        rate = rate - (w[row] * log_lambda[row, kind]).sum()
-    total = rate + nll_sub + nll_ins
-    parts = {"loss": total, "loss_rate": rate, "loss_sub": nll_sub, "loss_ins": nll_ins}
+    total = loss_rate + nll_sub + nll_ins
+    parts = {"loss": total, "loss_rate": loss_rate, "loss_sub": nll_sub, "loss_ins": nll_ins}
     return total, {name: value.detach() for name, value in parts.items()}
 
 
-def editable(x: Ragged, prompt_len: Tensor) -> Tensor:
-    """bool [T, 3], a column per rate: response tokens may be substituted or deleted; they, and the last prompt token,
-    may get a new right neighbour."""
-    offset = x.positions - prompt_len[x.batch]
-    return torch.stack([offset >= 0, offset >= 0, offset >= -1], dim=1)
+@torch.no_grad()
+def likelihood(model, examples: list, settings, rng: torch.Generator) -> Tensor:
+    """An unbiased estimate, in nats, float64 scalar, of an upper bound of the sum of -log p(response | prompt, suffix).
 
-
-def log_softplus(raw: Tensor) -> Tensor:
-    """log(softplus(raw)) with a gradient everywhere: far to the left, softplus(raw) = exp(raw) underflows to 0."""
-    return F.softplus(raw.clamp_min(-15.0)).log() + (raw + 15.0).clamp_max(0.0)
+    E_t[loss], with w(t) not clipped and nothing divided, minus the number of edits, is the Kullback-Leibler divergence
+    between the process that flips columns and the model's, as laws of whole paths; the law of x1 is a marginal of the
+    latter. It is the same for every schedule, so t is drawn for small variance: kappa(t) = 1 - (1 - t)^2 has
+    w(t) = 2 / (1 - t), and few edits remain where that is large. Raises ValueError for a model without a clock: its
+    rates do not go to 0 as t goes to 1, and the bound is infinite.
+    """
+    if not model.has_clock:
+        raise ValueError("the likelihood bound of Edit Flows is infinite for a model that does not know t; train one "
+                         "with --time_conditioned")  # fmt: skip
+    schedule = Schedule(lambda t: 1 - (1 - t) ** 2, lambda t: 2 * (1 - t))
+    t = stratified(len(examples), 0, 1, rng).double().clamp_max(1 - 1e-7)
+    batch = draw_path(model, examples, settings, schedule, rng, t, normalize="constant", max_w=torch.inf)
+    total, _ = loss(model, batch.to(next(model.parameters()).device))
+    return total.double() * len(examples) - batch.edits.sum()
 
 
 # ---------------------------------------------------------------------------------------------------- sampling
@@ -304,7 +418,8 @@ def log_softplus(raw: Tensor) -> Tensor:
 @torch.no_grad()
 def sample(
     model, prompts: list, x0: list, *, schedule: Schedule, steps: int = 100, seeds: list[int] | None = None,
-    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, guidance: float = 0.0, corrector: float = 0.0,
+    start: int | None = None, mask_id: int | None = None, suffixes: list | None = None, keep: list | None = None,
     eos_id: int | None = None, max_length: int | None = None, on_step=None,
 ) -> list[Generated]:  # fmt: skip
     """Run the chain from t = 0 to 1 in `steps` equal steps (tau-leaping, tau = 1 / steps), prompts in one batch.
@@ -314,68 +429,153 @@ def sample(
     probability q lambda_ins, each at most 1. For small tau this is the Euler step; in the last one q = 1, and every
     expected edit is made instead of being cut off. At most one token is inserted per gap and step.
 
-    prompts, x0: B lists of token ids; prompts are frozen. Rates first, tokens only where an edit fires: the vocabulary
-    heads see fired rows alone. temperature 0 takes the most likely token. A text of max_length tokens takes no more
-    insertions. Each sequence draws from its own counter-based noise, so its text depends on its seed and not on its
-    neighbours. on_step(t, x, op, sub_token, ins_token, "") is called before edits are applied. Raises ValueError for
-    an empty prompt or lists of unequal length.
+    prompts, x0: B lists of token ids; prompts are frozen, and so are suffixes, behind x0, and the tokens of x0 for
+    which keep, B lists of bool, is true. Rates first, tokens only where an edit fires: the vocabulary heads see fired
+    rows alone. temperature 0 takes the most likely token. A text of max_length tokens takes no more insertions.
+    guidance: see `Heads`. corrector: see `take_back`, which needs to know how many masks x0 consists of, `start`.
+    Each sequence draws from its own counter-based noise, so its text depends on its seed and not on its neighbours.
+    on_step(t, x, op, sub_token, ins_token, label) is called before edits are applied; the corrector's have the label
+    "back". Raises ValueError for an empty prompt or lists of unequal length.
     """
     if not prompts:
         return []
-    x, prompt_len, seed = start_texts(prompts, x0, seeds, device=next(model.parameters()).device)
-    count = torch.zeros(len(x), 3, dtype=torch.int64, device=x.ids.device)  # substitutions, deletions, insertions
-    stream = torch.arange(5, device=x.ids.device)[:, None]
-    hidden, stale = None, torch.ones_like(seed, dtype=torch.bool)
+    device = next(model.parameters()).device
+    x = frozen_text(prompts, x0, suffixes, keep, device)
+    prompt_len = torch.tensor([len(p) for p in prompts], device=device)
+    seed = torch.tensor([s for _, s in zip(prompts, seeds or range(len(prompts)), strict=True)], device=device)
+    count = torch.zeros(len(x), 4, dtype=torch.int64, device=device)  # substitutions, deletions, insertions, taken back
+    heads, stream = Heads(model, prompt_len, guidance), torch.arange(5, device=device)[:, None]
     for step in range(steps):
         t, t_next = step / steps, (step + 1) / steps
-        hidden = read(model, x, t, stale, hidden)
-        lambda_sub, lambda_del, lambda_ins = (model.rate_heads(hidden).float() * editable(x, prompt_len)).T
-        q = schedule.fire(t, t_next)
+        ahead = min(1.0, t_next + corrector / steps)
+        log_lambda = heads.read(x, 1 - schedule.at(t))
+        lambda_sub, lambda_del, lambda_ins = (log_lambda.exp() * editable(x)).T
+        q = schedule.fire(t, ahead)
         u_change, u_which, u_sub, u_insert, u_ins = uniform_noise(seed[x.batch], step, x.positions, stream)  # [T] each
         change = u_change < q * (lambda_sub + lambda_del)
         substitute = change & (u_which * (lambda_sub + lambda_del) < lambda_sub)
         insert = within(u_insert < q * lambda_ins, x, max_length)
 
         op = torch.where(change, torch.where(substitute, SUB, DEL), KEEP).to(torch.uint8)
-        sub_token = draw_tokens(model.sub_logits, hidden, substitute, u_sub, temperature, top_k, top_p)
-        ins_token = draw_tokens(model.ins_logits, hidden, insert, u_ins, temperature, top_k, top_p)
+        sub_token = heads.draw("sub_logits", substitute, u_sub, temperature, top_k, top_p)
+        ins_token = heads.draw("ins_logits", insert, u_ins, temperature, top_k, top_p)
         if on_step is not None:
             on_step(t, x, op, sub_token, ins_token, "")
-        edits = torch.stack([substitute, change & ~substitute, insert], dim=1).long()
-        made = torch.zeros_like(count).index_add_(0, x.batch, edits)
-        count += made
-        stale = made.any(1) | getattr(model, "depends_on_t", True)
-        hidden = hidden[~stale[x.batch]]
+        edits = torch.stack([substitute, change & ~substitute, insert, torch.zeros_like(insert)], dim=1)
+        made = torch.zeros_like(count).index_add_(0, x.batch, edits.long())
         x = apply_edits(x, op, sub_token, ins_token)
-    return finish_texts(model, x, prompt_len, hidden, stale, steps, count, eos_id)
+        if ahead > t_next:
+            undone = 1 - schedule.at(t_next) / schedule.at(ahead)
+            x, made[:, 3] = take_back(x, ahead, undone, start, mask_id, prompt_len, seed, step, on_step)
+        count += made
+        heads.forget(made.any(1))
+    return finish_texts(heads, x, 1 - schedule.at(t), prompts, suffixes, steps, count, eos_id)
 
 
-def start_texts(prompts: list, x0: list, seeds: list[int] | None, device) -> tuple[Ragged, Tensor, Tensor]:
-    """The texts at t = 0, prompt lengths [B] and seeds [B]."""
-    if not all(map(len, prompts)):
-        raise ValueError("every prompt needs at least one token (BOS): it anchors what is inserted in front")
-    x = Ragged.pack([[*p, *s] for p, s in zip(prompts, x0, strict=True)], device)
-    prompt_len = torch.tensor([len(p) for p in prompts], device=device)
-    seeds = range(len(prompts)) if seeds is None else seeds
-    return x, prompt_len, torch.tensor([seed for _, seed in zip(prompts, seeds, strict=True)], device=device)
+class Heads:
+    """What the model says about a batch of texts, step after step, with only the texts read that have changed.
 
+    The clock enters at the heads, so a text that no edit has touched keeps its hidden states. On the toy task this
+    saves 61 % of the forward passes at 32 steps and 86 % at 100, which are then made in 1 / 2.7 and 1 / 7.5 of the
+    time, with the same texts.
 
-def read(model, x: Ragged, t: float, stale: Tensor, kept: Tensor | None) -> Tensor:
-    """Hidden states [T, D] of the current texts.
-
-    Only texts in `stale`, bool [B], go through the model: those that changed since they were last read, or all of them
-    if it depends on t. kept: hidden states of the others, in order. On the toy task this saves 61 % of the forward
-    passes at 32 steps and 86 % at 100, which are then made in 1 / 2.7 and 1 / 7.5 of the time, with the same texts.
+    guidance w: the rates become lambda(x | prompt)^(1 + w) lambda(x | no prompt)^(-w), and so do the token
+    distributions, normalised (paper, section 3: "naive" guidance of the rates). Both branches are one batch: texts, and
+    behind them the same texts with their prompts cut to the first token, as `--prompt_dropout` shows them in training.
     """
-    if stale.all():
-        return model(x, torch.full((len(x),), t, device=x.ids.device))
-    changed = stale[x.batch]
-    hidden = kept.new_empty(len(x.ids), kept.shape[1])
-    hidden[~changed] = kept
-    if changed.any():
-        part = x.select(stale)
-        hidden[changed] = model(part, torch.full((len(part),), t, device=x.ids.device))
-    return hidden
+
+    def __init__(self, model, prompt_len: Tensor, guidance: float = 0.0):
+        self.model, self.prompt_len, self.guidance = model, prompt_len, guidance
+        copies = 2 if guidance else 1
+        self.stale, self.hidden = prompt_len.new_ones(copies * len(prompt_len), dtype=torch.bool), None
+
+    def read(self, x: Ragged, s: float) -> Tensor:
+        """log lambda, float [T, 3], at survival s."""
+        T, y = len(x.ids), x
+        if self.guidance:
+            y, self.twin = self.with_short_prompts(x)
+        if self.stale.all():
+            hidden = self.model(y)
+        elif self.stale.any():
+            stale, read = self.stale[y.batch], self.model(y.select(self.stale))
+            hidden = read.new_empty(len(y.ids), read.shape[1])
+            hidden[~stale], hidden[stale] = self.hidden, read
+        else:
+            hidden = self.hidden
+        self.y, self.hidden, s = y, hidden, torch.full((len(hidden),), s, device=hidden.device)
+        self.h = self.model.at(hidden, s)
+        log_lambda = self.model.log_rates(self.h, s)
+        if not self.guidance:
+            return log_lambda
+        return (1 + self.guidance) * log_lambda[:T] - self.guidance * log_lambda[self.twin]
+
+    def with_short_prompts(self, x: Ragged) -> tuple[Ragged, Tensor]:
+        """x and, behind it, x with the prompts cut to their first tokens; twin, int64 [T]: where the latter has each
+        token of x (the anchor stands in the first token's place; other prompt tokens are their own twins)."""
+        offset = x.positions - self.prompt_len[x.batch]
+        there = offset >= -1
+        ids = torch.where(offset == -1, x.ids[x.cu_seqlens[x.batch].long()], x.ids)[there]
+        twin = torch.arange(len(x.ids), device=x.ids.device)
+        twin[there] = torch.arange(len(x.ids), len(x.ids) + len(ids), device=x.ids.device)
+        lengths = torch.cat([x.lengths, x.lengths - self.prompt_len + 1])
+        return Ragged.from_lengths(torch.cat([x.ids, ids]), lengths), twin
+
+    def draw(self, head: str, fired: Tensor, u: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+        """int64 [T]: a token from the vocabulary head wherever an edit fired, bool [T]; GAP elsewhere. u float [T]."""
+        token = torch.full_like(fired, GAP, dtype=torch.int64)
+        rows, head = fired.nonzero()[:, 0], getattr(self.model, head)
+        if len(rows):
+            logits = head(self.h[rows])
+            if self.guidance:
+                logits = (1 + self.guidance) * logits - self.guidance * head(self.h[self.twin[rows]])
+            token[rows] = draw_token(logits, u[rows], temperature, top_k, top_p)
+        return token
+
+    def forget(self, changed: Tensor) -> None:
+        """The texts that have changed, bool [B], are to be read again."""
+        self.stale = changed.repeat(len(self.stale) // len(changed))
+        self.hidden = self.hidden[~self.stale[self.y.batch]]
+
+
+def take_back(
+    x: Ragged, t: float, undone: float, start: int, mask_id: int | None, prompt_len: Tensor, seed: Tensor, step: int,
+    on_step=None,
+) -> tuple[Ragged, Tensor]:  # fmt: skip
+    """The corrector: takes every flipped column back with probability `undone`. Returns x and how many, int64 [B].
+
+    A chain that goes from t to t + (1 + a) tau and then back to t + tau has the law of the plain one (as tau goes to 0)
+    for any a >= 0, and can mend what it has written. The way back of a column is known: from t' to t < t' a flipped one
+    returns with probability 1 - kappa(t) / kappa(t'). Which columns have flipped is known, too, where x0 is `start`
+    equal masks (0: empty), with no second model: in the canonical alignment the first `start` columns are substitutions
+    as far as x1 reaches, what x1 has beyond them is inserted, and what it lacks is masks deleted at the end. So in x_t
+    a token beyond the first `start` is an inserted one (taken back: deleted), one among them that is no mask a
+    substituted one (back to a mask), and every token that x_t has less than `start` is a mask lost at the end (taken
+    back: inserted there). For `uniform` and drafts x_t does not tell what has flipped.
+    """
+    free = x.frozen == FREE
+    length = torch.zeros_like(x.lengths).index_add_(0, x.batch, free.long())  # [B] of the response
+    hit = free & (uniform_noise(seed[x.batch], step, x.positions, 5) < undone)
+    inserted = x.positions - prompt_len[x.batch] >= start
+    op = torch.where(hit & inserted, DEL, torch.where(hit & (x.ids != mask_id), SUB, KEEP)).to(torch.uint8)
+    slot = torch.arange(start, device=x.ids.device)
+    lost = slot < (start - length)[:, None]  # [B, start]
+    returning = (lost & (uniform_noise(seed[:, None], step, slot, 6) < undone)).sum(1)
+    count = returning.index_add(0, x.batch, (op != KEEP).long())
+    last = prompt_len - 1 + length - torch.zeros_like(length).index_add_(0, x.batch, (op == DEL).long())
+
+    def edit(x, op, ins_token):
+        edits = op, torch.full_like(x.ids, GAP if mask_id is None else mask_id), ins_token
+        if on_step is not None:
+            on_step(t, x, *edits, "back")
+        return apply_edits(x, *edits)
+
+    if (op != KEEP).any():
+        x = edit(x, op, torch.full_like(x.ids, GAP))
+    while (returns := returning > 0).any():  # one mask for every text that lacks one, behind its last token
+        end = (x.cu_seqlens[:-1] + last)[returns]
+        x = edit(x, torch.zeros_like(x.ids, dtype=torch.uint8), torch.full_like(x.ids, GAP).index_fill(0, end, mask_id))
+        last, returning = last + returns.long(), returning - returns.long()
+    return x, count
 
 
 def within(insert: Tensor, x: Ragged, max_length: int | None) -> Tensor:
@@ -386,15 +586,6 @@ def within(insert: Tensor, x: Ragged, max_length: int | None) -> Tensor:
     count = insert.long().cumsum(0)
     before = (added.cumsum(0) - added)[x.batch]
     return insert & (count - before <= (max_length - x.lengths)[x.batch])
-
-
-def draw_tokens(head, hidden: Tensor, fired: Tensor, u: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """int64 [T]: a token from the head wherever an edit fired, bool [T]; GAP elsewhere. u in (0, 1) [T]."""
-    token = torch.full_like(fired, GAP, dtype=torch.int64)
-    rows = fired.nonzero()[:, 0]
-    if len(rows):
-        token[rows] = draw_token(head(hidden[rows]), u[rows], temperature, top_k, top_p)
-    return token
 
 
 def draw_token(logits: Tensor, u: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -415,15 +606,16 @@ def draw_token(logits: Tensor, u: Tensor, temperature: float, top_k: int = 0, to
     return (index if token is None else token.gather(1, index))[:, 0]
 
 
-def finish_texts(model, x, prompt_len, hidden, stale, steps, count, eos_id) -> list[Generated]:
+def finish_texts(heads: Heads, x: Ragged, s: float, prompts, suffixes, steps: int, count: Tensor, eos_id: int | None):
     """The responses, with what was done to them. left_over: insertions that the model still expected in the end."""
-    rates = model.rate_heads(read(model, x, 1.0, stale, hidden)).float() * editable(x, prompt_len)
+    rates = heads.read(x, s).exp() * editable(x)
     expected = torch.zeros(len(x), device=x.ids.device).index_add_(0, x.batch, rates[:, INSERT])
-    texts = []
-    for ids, start, made, left_over in zip(x.unpack(), prompt_len.tolist(), count.tolist(), expected.tolist()):
-        tokens = ids[start:]
+    texts, kinds = [], ("substitutions", "deletions", "insertions", "taken_back")
+    suffixes = suffixes or [[]] * len(prompts)
+    for ids, prompt, suffix, made, left_over in zip(x.unpack(), prompts, suffixes, count.tolist(), expected.tolist()):
+        tokens = ids[len(prompt) : len(ids) - len(suffix)]
         response = tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
-        details = dict(zip(("substitutions", "deletions", "insertions"), made)) | {"left_over": left_over}
+        details = dict(zip(kinds, made)) | {"left_over": left_over}
         text = Generated(response, tokens, {"steps": steps}, details=details)
         if left_over > max(2, 0.05 * made[INSERT]):
             expects = f"the model still expected {left_over:.0f} insertions at the end"
@@ -438,6 +630,7 @@ TITLE = "Edit Flows"
 HEADS = ("sub_logits", "ins_logits")
 TOKENS = ()
 PACKED = False
+PUBLISHED = {"schedule": "linear", "x0_sampler": "masks[length:64]", "temperature": 0.0}
 
 
 def model_flags(f) -> None:
@@ -445,11 +638,18 @@ def model_flags(f) -> None:
            help="start: empty, masks[length:64], uniform[length:100], draft (default: the checkpoint's, else empty)")
     f.text("--schedule", "--scheduler_cls", read=parse_schedule,
            help="kappa: linear, cosine, cubic, cubic[a:A,b:B] (default: the checkpoint's, else cubic)")
-    f.flag("--time_conditioned", help="a new model sees t, through an embedding that adds zero at first")
+    f.flag("--time_conditioned", help="the heads of a new model know t")
+    f.number("--prompt_dropout", low=0, below=1,
+             help="share of the examples shown without prompt, for --guidance (default: the checkpoint's, else 0)")
 
 
 def training_flags(f) -> None:
-    f.flag("--normalize", default=True, help="divide each sequence's loss by its length")
+    f.choice("--normalize", choices=list(NORMALIZERS), default="length",
+             help="divide a text's loss by its own length, by the mean length of the batch, or not at all")
+    f.choice("--alignment", choices=["canonical", "random"],
+             help="of start and text: a shortest edit script, or the paper's (default: random for uniform)")
+    f.number("--propagation", low=0, default=0.0, help="localized paths: rate at which edits spread to neighbours")
+    f.flag("--prefix_prompts", help="of plain text, take the first c^3 as prompt, c uniform in [0, 1]")
 
 
 def sampling_flags(f) -> None:
@@ -459,6 +659,10 @@ def sampling_flags(f) -> None:
     with f.exclusive():
         f.text("--x0_sampler", read=parse_source, help="where to start (default: as in training)")
         f.integer("--mask_length", low=0, help="start from this many masks")
+    f.number("--guidance", low=0, default=0.0,
+             help="how far the prompt is overstated; needs --prompt_dropout in training")
+    f.number("--corrector", low=0, default=0.0,
+             help="in every step go this many steps further and take them back; from empty and masks")
 
 
 def remember(args, stored: dict) -> dict:
@@ -466,8 +670,9 @@ def remember(args, stored: dict) -> dict:
     schedule = args.schedule or stored.get("schedule", "cubic")
     x0_sampler = args.x0_sampler or stored.get("x0_sampler", "empty")
     parse_schedule(schedule), parse_source(x0_sampler)
-    conditioned = bool(args.time_conditioned or stored.get("time_conditioned"))
-    return {"schedule": schedule, "x0_sampler": x0_sampler, "time_conditioned": conditioned}
+    dropout = stored.get("prompt_dropout", 0.0) if args.prompt_dropout is None else args.prompt_dropout
+    clock = bool(args.time_conditioned or stored.get("clock"))
+    return {"schedule": schedule, "x0_sampler": x0_sampler, "clock": clock, "prompt_dropout": dropout}
 
 
 def check_example(example, settings) -> None:
@@ -478,7 +683,7 @@ def check_example(example, settings) -> None:
 def start(model, settings, examples: list, resumed: bool) -> None:
     """Takes token frequencies from the examples where x0 is drawn from them, and checks that all of x_t will fit."""
     kind, length = parse_source(settings.x0_sampler)
-    if settings.time_conditioned and not model.depends_on_t:
+    if settings.clock and not model.has_clock:
         raise ValueError("--time_conditioned is for new models; this one was made without it")
     if kind == "uniform" and not (resumed and hasattr(model, "unigram")):
         tokens = torch.tensor([token for e in examples for token in e.response])
@@ -496,12 +701,32 @@ def start(model, settings, examples: list, resumed: bool) -> None:
 
 
 def prepare(model, examples: list, settings, progress: float, rng, shared_rng) -> PathBatch:
-    unigram = getattr(model, "unigram", None)
-    source, schedule = parse_source(settings.x0_sampler), parse_schedule(settings.schedule)
-    x0 = [source.draw(e.draft, settings.tokens["mask"], unigram, rng) for e in examples]
-    prompts, x1 = [e.prompt for e in examples], [e.response for e in examples]
     t = stratified(len(examples), 0, 1 - EPSILON, rng)
-    return path(prompts, x0, x1, t, schedule, rng, normalize=settings.normalize)
+    schedule = parse_schedule(settings.schedule)
+    examples = [vary_prompt(e, settings, rng) for e in examples]
+    options = {"propagation": settings.propagation, "normalize": settings.normalize}
+    return draw_path(model, examples, settings, schedule, rng, t, **options)
+
+
+def vary_prompt(example, settings, rng):
+    """--prefix_prompts: the beginning of a plain text becomes its prompt. --prompt_dropout: only the first token of the
+    prompt is left."""
+    if settings.prefix_prompts and len(example.prompt) == 1:
+        cut = int(float(torch.rand((), generator=rng)) ** 3 * len(example.response))
+        example = replace(example, prompt=example.prompt + example.response[:cut], response=example.response[cut:])
+    if settings.prompt_dropout and float(torch.rand((), generator=rng)) < settings.prompt_dropout:
+        example = replace(example, prompt=example.prompt[:1])
+    return example
+
+
+def draw_path(model, examples: list, settings, schedule: Schedule, rng, t: Tensor, **options) -> PathBatch:
+    """`path` from where the settings say that x0 comes from."""
+    unigram, source = getattr(model, "unigram", None), parse_source(settings.x0_sampler)
+    x0 = [source.draw(e.draft, settings.tokens["mask"], unigram, rng) for e in examples]
+    alignment = settings.alignment or ("random" if source.kind == "uniform" else "canonical")
+    prompts, x1, suffixes = zip(*((e.prompt, e.response, e.suffix) for e in examples))
+    substituted = SUBSTITUTED if alignment == "random" else None
+    return path(prompts, x0, x1, t, schedule, rng, suffixes=suffixes, substituted=substituted, **options)
 
 
 def start_source(settings) -> Source:
@@ -519,15 +744,24 @@ def start_length(settings) -> int:
     return max(1, start_source(settings).length)
 
 
-def generate(model, prompts: list, settings, seeds: list[int], drafts=None, on_step=None) -> list[Generated]:
-    """drafts: token ids to start from, one per prompt, instead of the checkpoint's source."""
+def generate(
+    model, prompts: list, settings, seeds: list[int], drafts=None, suffixes=None, keep=None, on_step=None
+) -> list[Generated]:
+    """drafts: token ids to start from, one per prompt, instead of the checkpoint's source; keep, lists of bool, says
+    which of them are frozen. suffixes: token ids that stand behind the response. Raises ValueError for settings that
+    do not fit the checkpoint."""
     source = Source("draft") if drafts else start_source(settings)
+    if settings.guidance and not settings.prompt_dropout:
+        raise ValueError("--guidance needs a model that knows texts without prompts: train with --prompt_dropout 0.1")
+    if settings.corrector and source.kind not in ("empty", "masks"):
+        raise ValueError(f"--corrector: from {source.kind} a text does not tell what has flipped; use empty or masks")
     unigram, mask_id = getattr(model, "unigram", None), settings.tokens["mask"]
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]
     x0 = [source.draw(draft, mask_id, unigram, g) for draft, g in zip(drafts or [None] * len(prompts), noise)]
     generated = sample(
         model, prompts, x0, schedule=parse_schedule(settings.schedule), steps=passes(settings), seeds=seeds,
-        temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
+        temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, guidance=settings.guidance,
+        corrector=settings.corrector, start=source.length, mask_id=mask_id, suffixes=suffixes, keep=keep,
         eos_id=settings.tokens["eos"], max_length=settings.max_positions, on_step=on_step,
     )  # fmt: skip
     for text, draft in zip(generated, drafts or []):

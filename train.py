@@ -69,9 +69,9 @@ def parse_args(argv=None):
     f.group("data")
     f.text("--dataset_args", "--train_file", read=data.parse_spec, nargs="+", default=["toy"],
            help="files, folders, patterns with *, hub ids or `toy`: name[train:N,test:M] + other, or several of these")
-    f.choice("--text_field", default=None, help="field of a record that holds plain text (default: text)")
     f.flag("--insert_eos", default=True, help="end texts and responses with the end-of-message token")
-    f.flag("--chat_template", default=True, help="render dialogues with the tokenizer's chat template")
+    f.choice("--text_field", help="field of a record that holds plain text (default: text)")
+    data.add_flags(f, chat_template=True)
     f.flag("--streaming", help="read the data bit by bit and never hold it: files, URLs, hub ids; needs --max_steps")
     f.flag("--skip_bad_records", help="count and skip broken records instead of stopping")
     f.integer("--max_length", "--max_len", low=2, default=512, help="tokens per sample (per packed row for medlm)")
@@ -103,7 +103,7 @@ def parse_args(argv=None):
     f.number("--eval_steps", above=0, default=0.1, help="steps between evaluations; below 1: a share of the run")
     f.integer("--eval_samples", low=0, default=2, help="texts decoded and shown at each evaluation")
     f.number("--save_steps", above=0, default=0.25, help="steps between checkpoints; below 1: a share of the run")
-    f.integer("--save_total_limit", low=1, default=2, help="checkpoints kept")
+    f.integer("--save_total_limit", low=1, help="checkpoints kept (default: all)")
     f.choice("--report_to", choices=["none", "tensorboard", "wandb"], default="none", help="besides metrics.jsonl")
     methods.training_flags(f)
     f.group("accepted so that published commands run; these change nothing")
@@ -123,9 +123,9 @@ def parse_args(argv=None):
         f.error("--load_in_4bit needs --lora: 4-bit weights cannot be trained themselves")
     if (args.pad_len or 0) > args.max_length:
         f.error(f"--pad_len {args.pad_len} must not exceed --max_length {args.max_length}")
-    for method in methods.METHODS.values():
+    for check in (data.named_fields, *(getattr(m, "check_flags", bool) for m in methods.METHODS.values())):
         try:
-            getattr(method, "check_flags", lambda args: None)(args)
+            check(args)
         except ValueError as e:
             f.error(str(e))
     return args
@@ -176,7 +176,7 @@ def open_model(args, resume: Path | None, sample):
     """(model, tokenizer): continued, converted, or new. sample: gives the records that a tokenizer is trained on."""
     source = resume or args.model_name_or_path
     if source:
-        directory = checkpoints.local_path(str(source))
+        directory = resume or checkpoints.local_path(source)
         if args.overwrite_output_dir and directory.resolve().is_relative_to(Path(args.output_dir).resolve()):
             raise ValueError(f"--overwrite_output_dir would delete {directory}, from which this run is to start")
         model, tokenizer = checkpoints.open_for_training(args, directory, resume), load_tokenizer(directory)
@@ -185,6 +185,7 @@ def open_model(args, resume: Path | None, sample):
         tokenizer = toy.tokenizer()
     else:
         tokenizer = train_tokenizer(data.texts(sample()), args.vocab_size)
+    tokenizer.configure(args.chat_template, args.raw_control_tokens)
     if not source:
         stored = methods.get(args.method).remember(args, {})
         model = checkpoints.new_model(args.method, args.preset, tokenizer.vocab_size, args.seed, **stored)

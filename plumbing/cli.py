@@ -130,8 +130,10 @@ class Flags(argparse.ArgumentParser):
     def choice(self, *names: str, **options) -> None:
         self.section.add_argument(*names, **({} if "choices" in options else {"metavar": "NAME"}) | options)
 
-    def flag(self, *names: str, default=False, **options) -> None:
-        options |= {"type": boolean, "nargs": "?", "const": True, "default": default, "metavar": "BOOL"}
+    def flag(self, *names: str, default=False, words: tuple = (), **options) -> None:
+        """True, False, or one of some words."""
+        options |= {"type": lambda text: text if text in words else boolean(text)}
+        options |= {"nargs": "?", "const": True, "default": default, "metavar": "BOOL"}
         self.section.add_argument(*names, **options)
 
     def number(self, *names: str, low=None, high=None, above=None, below=None, **options) -> None:

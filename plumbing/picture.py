@@ -65,6 +65,7 @@ class Trace:
     pieces: Callable[[list[int]], list[str]]  # token ids to one string per token (`Tokenizer.pieces`)
     mask_id: int | None = None  # drawn as a block
     pad_id: int | None = None  # drawn as a dot
+    title: str = "nanoEdit"  # headline of pictures
     live: object = None  # a file such as sys.stdout: if it is a terminal, every step is drawn as it happens
     states: list[State] = field(default_factory=list)
 
@@ -107,8 +108,8 @@ class Trace:
     def save(self, path) -> None:
         """Writes a finished trace as JSON. Raises OSError."""
         *states, final = self.states
-        record = dict(format="nanoedit trace", prompt_len=self.prompt_len, mask_id=self.mask_id, pad_id=self.pad_id)
-        record["steps"] = [dict(zip(State._fields[:5], state)) for state in states]
+        record = {name: getattr(self, name) for name in ("prompt_len", "mask_id", "pad_id", "title")}
+        record |= {"format": "nanoedit trace", "steps": [dict(zip(State._fields[:5], state)) for state in states]}
         record["final"] = final.ids, final.text
         Path(path).write_text(json.dumps(record), encoding="utf-8")
 
@@ -116,8 +117,8 @@ class Trace:
     def load(path) -> "Trace":
         """Reads what `save` wrote. Raises OSError, or ValueError naming the file."""
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-            trace = Trace(record["prompt_len"], None, record["mask_id"], record["pad_id"])
+            record = {"title": "nanoEdit"} | json.loads(Path(path).read_text(encoding="utf-8"))
+            trace = Trace(record["prompt_len"], None, record["mask_id"], record["pad_id"], record["title"])
             for step in record["steps"]:
                 trace._add(**step)
             trace._add(1.0, "", *record["final"], [])
@@ -310,9 +311,8 @@ class Screen:
         # The cursor rests on the line below the picture, which must be on the screen, too.
         space = size.lines - 1 if self.is_terminal else sys.maxsize
         lines = [*layout(frame, max(2, min(100, size.columns)), space - 1), []][:space]
-        if self.is_terminal and self.height:
-            self.file.write(f"\x1b[{self.height}F\x1b[J")
         encoding = self.file.encoding or "utf-8"
+        shown = ""
         for line in lines:
             text = ""
             for (before, after), run in groupby(line, key=self._around):
@@ -321,7 +321,12 @@ class Screen:
                 text += words[:start] + before + words[start:] + after
             if text.encode(encoding, "replace").decode(encoding) != text:
                 text = text.translate(ASCII).encode(encoding, "replace").decode(encoding)
-            self.file.write(text.rstrip() + "\n")
+            shown += text.rstrip() + "\n"
+        if self.is_terminal:
+            back = f"\x1b[{self.height}F\x1b[J" if self.height else ""
+            # Without wrapping: a terminal may do it as soon as a line is full, or find letters wider than counted here.
+            shown = f"{back}\x1b[?7l{shown}\x1b[?7h"
+        self.file.write(shown)
         self.file.flush()
         self.height = len(lines)
 
@@ -343,7 +348,7 @@ def font() -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(SIZE)
 
 
-def write_gif(trace: Trace, path, title: str = "nanoEdit", max_frames: int = 120) -> None:
+def write_gif(trace: Trace, path, max_frames: int = 120) -> None:
     """Draws a decode as an animated GIF of what a terminal shows, without steps that change nothing; the last frame is
     held for 3 seconds. Raises OSError."""
     pages = [layout(frame, WIDTH, ROWS) for frame in [*frames(trace, max_frames - 1), outcome(trace)]]
@@ -354,7 +359,7 @@ def write_gif(trace: Trace, path, title: str = "nanoEdit", max_frames: int = 120
         images.append(Image.new("P", size, PAPER))
         draw = ImageDraw.Draw(images[-1])
         draw.font = letters
-        for n, line in enumerate([[Cell(printable(title))], *page]):
+        for n, line in enumerate([[Cell(printable(trace.title))], *page]):
             x = MARGIN
             for cell in line:
                 x = draw_cell(draw, x, MARGIN + n * ROW, cell)
@@ -378,27 +383,28 @@ def draw_cell(draw: ImageDraw.ImageDraw, x: float, y: float, cell: Cell) -> floa
     return end
 
 
-def write_html(trace: Trace, path, title: str = "nanoEdit", max_frames: int = 1000) -> None:
+def write_html(trace: Trace, path, max_frames: int = 1000) -> None:
     """Writes a decode as one HTML file that needs nothing else: a slider, a play button, arrow keys. All text of the
     model is data, set with `textContent`, never markup. Raises OSError."""
     shown = [frame._asdict() for frame in [*frames(trace, max_frames - 1), outcome(trace)]]
     data = json.dumps(shown, separators=(",", ":")).replace("<", "\\u003c")  # so nothing can end the script element
     head, tail = Path(__file__).with_suffix(".html").read_text(encoding="utf-8").split("{{data}}")
-    Path(path).write_text(head.replace("{{title}}", html.escape(title)) + data + tail, encoding="utf-8")
+    Path(path).write_text(head.replace("{{title}}", html.escape(trace.title)) + data + tail, encoding="utf-8")
 
 
 def main(argv=None) -> None:
     f = cli.Flags("Look at a recorded decode.")
     f.add_argument("what", choices=("show", "gif", "html"), help="replay it in the terminal, draw it, or make a page")
-    f.add_argument("trace", help="a trace saved as JSON")
+    f.add_argument("trace", help="what sample.py --save_trace wrote")
     f.add_argument("-o", "--output", help="file to write; by default decode_trace.gif or .html")
-    f.add_argument("--title", default="nanoEdit", help="headline of the picture")
+    f.add_argument("--title", help="headline of the picture, instead of the trace's")
     args = f.parse_args(argv)
-    trace = Trace.load(args.trace)
+    trace, output = Trace.load(args.trace), args.output or f"decode_trace.{args.what}"
+    trace.title = args.title or trace.title
     if args.what == "show":
         return show(trace)
-    write = {"gif": write_gif, "html": write_html}[args.what]
-    write(trace, args.output or f"decode_trace.{args.what}", args.title)
+    {"gif": write_gif, "html": write_html}[args.what](trace, output)
+    print(f"decode written to {output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -16,20 +16,26 @@ from torch import nn
 import medlm
 from edit_distance import distance, edit_labels
 from plumbing import checkpoints, methods
-from ragged import DEL, GAP, KEEP, SUB, Ragged, apply_edits, stratified
+from ragged import ANCHOR, DEL, FREE, FROZEN, GAP, KEEP, SUB, Ragged, apply_edits, frozen_text, stratified
 
 V = 64
 TOKENS = {"mask": 60, "pad": 61, "del": 62, "eos": 63}
 MASK, PAD, DELETE, EOS = TOKENS.values()
 LETTERS = st.integers(0, 3)
+NORMS = ["tokens", "samples", "bound"]
 
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def example(prompt, response):
-    return SimpleNamespace(prompt=prompt, response=response)
+def example(prompt, response, suffix=()):
+    return SimpleNamespace(prompt=prompt, response=response, suffix=list(suffix))
+
+
+def closed(*rows):
+    """Closed drafts from (prompt, text)."""
+    return frozen_text([p for p, _ in rows], [t for _, t in rows], [[EOS]] * len(rows))
 
 
 def random_examples(seed, n=5):
@@ -91,14 +97,16 @@ class Oracle(nn.Module):
         self.sizes.append(len(x))
         hidden = []
         for row in x.unpack():
-            n, draft, target = self.cases[row[0]]
+            n, draft, target, *end = self.cases[row[0]]
+            suffix = end[0] if end else [EOS]
             said = torch.tensor([[DELETE, 7]] * len(row), dtype=torch.float32)
+            last = len(row) - len(suffix)
             if MASK in row[n:]:
                 said[n:, 0] = torch.tensor((draft + [PAD] * len(row))[: len(row) - n])
             elif len(row) > n:
-                token, insert = edit_labels(row[n:-1], target, DELETE, EOS)
-                said[n:-1, 0] = torch.tensor(token)
-                said[n - 1 : -1, 1] = torch.tensor(np.where(insert == -100, 7, insert))
+                token, insert = edit_labels(row[n:last], target, DELETE, EOS)
+                said[n:last, 0] = torch.tensor(token)
+                said[n - 1 : last, 1] = torch.tensor(np.where(insert == -100, 7, insert))
             hidden.append(said)
         return torch.cat(hidden)
 
@@ -167,15 +175,15 @@ def slow_mask_loss(model, batch, t, examples, norm):
                 ce[1].append(-model.next_token_head(hidden[i - 1]).log_softmax(-1)[token])
         start += len(row)
         length = len(examples[b].response)
-        counted += bool(ce[0]) if norm == "tokens" else length > 0
+        counted += {"tokens": len(ce[0]), "samples": bool(ce[0]), "bound": length > 0}[norm]
         if ce[0]:
-            scale = t[b] * (len(ce[0]) if norm == "tokens" else length)
+            scale = t[b] * {"tokens": 1, "samples": len(ce[0]), "bound": length}[norm]
             lm.append(sum(ce[0]) / scale)
             following.append(sum(ce[1]) / scale)
     return (sum(lm) / counted, sum(following) / counted) if lm else (torch.tensor(0.0), torch.tensor(0.0))
 
 
-@pytest.mark.parametrize("norm", ["tokens", "bound"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_mask_loss_equals_the_slow_version(norm):
     for seed in range(12):
         model, examples = Tiny(seed), random_examples(seed)
@@ -191,7 +199,7 @@ def test_mask_loss_equals_the_slow_version(norm):
                 assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["tokens", "bound"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("t", [0.0, 1.0])
 def test_no_nan_with_nothing_or_everything_masked(norm, t, monkeypatch):
     monkeypatch.setattr(medlm, "stratified", lambda n, low, high, generator: torch.full((n,), t))
@@ -205,7 +213,7 @@ def test_no_nan_with_nothing_or_everything_masked(norm, t, monkeypatch):
     assert t == 1.0 or loss == 0
 
 
-@pytest.mark.parametrize("norm", ["tokens", "bound"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_no_nan_when_all_responses_are_empty(norm):
     assert medlm.loss(Tiny(), mask_batch([example([1, 2], [])], 0, norm=norm)[0])[0] == 0
 
@@ -271,6 +279,51 @@ def test_bound_is_the_mean_over_orders_of_the_nll_and_an_upper_bound_of_the_exac
     assert total == pytest.approx(1, rel=1e-5)  # what is bounded is the likelihood of a proper distribution
 
 
+def any_order(model, prompt, text, mask_id):
+    """-log p(text | prompt, order) for every order in which the tokens may be revealed."""
+    nlls = []
+    for order in itertools.permutations(range(len(text))):
+        hidden = [prompt + [mask_id if i in order[s:] else t for i, t in enumerate(text)] for s in range(len(text))]
+        rows = [model.lm_head(model(Ragged.pack([row])))[len(prompt) + order[s]] for s, row in enumerate(hidden)]
+        nlls.append(-sum(float(row.double().log_softmax(-1)[text[i]]) for row, i in zip(rows, order)))
+    return nlls
+
+
+@torch.no_grad()
+def test_the_likelihood_estimate_has_the_any_order_bound_as_its_expectation(monkeypatch):
+    """By enumeration: every number of masks k, and every subset of that size, is equally likely."""
+    model, settings, total = Table(1), SimpleNamespace(tokens={"mask": 9}), 0.0
+    for text in itertools.product([0, 1], repeat=3):
+        for split in range(4):  # the suffix counts like the response
+            e, estimates = example([1], list(text[:split]), text[split:]), []
+            for k in (1, 2, 3):
+                monkeypatch.setattr(medlm, "stratified", lambda *_, k=k: torch.tensor([(k - 0.5) / 3]))
+                subsets = []
+                for masked in itertools.combinations(range(3), k):
+                    scores = torch.tensor([float(i in masked) for i in range(3)])
+                    monkeypatch.setattr(torch, "rand", lambda *_, scores=scores, **options: scores)
+                    subsets.append(float(medlm.likelihood(model, [e], settings, seeded(0))))
+                estimates.append(np.mean(subsets))
+            orders = any_order(model, [1], list(text), 9)
+            assert np.mean(estimates) == pytest.approx(np.mean(orders), rel=1e-5)
+        exact = -math.log(np.mean(np.exp(-np.array(orders))))
+        assert np.mean(estimates) > exact
+        total += math.exp(-exact)
+    assert total == pytest.approx(1, rel=1e-5)
+
+
+@torch.no_grad()
+def test_likelihood_of_many_examples_is_unbiased_and_that_of_nothing_is_zero():
+    model, settings = Tiny(3), SimpleNamespace(tokens=TOKENS)
+    examples = [example([1], [4, 5, 6]), example([2, 3], [7], [8, EOS]), example([9], [])]
+    means = [np.mean(any_order(model, e.prompt, [*e.response, *e.suffix], MASK)) for e in examples[:2]]
+    draws = torch.stack([medlm.likelihood(model, examples, settings, seeded(i)) for i in range(600)])
+    assert draws.dtype == torch.float64
+    error = 4 * draws.std(0) / math.sqrt(600)
+    assert ((draws.mean(0) - torch.tensor([*means, 0.0])).abs() <= error).all()
+    assert draws[:, 2].abs().max() == 0
+
+
 # ---------------------------------------------------------------------------------------------------- parts of a pass
 
 
@@ -295,14 +348,20 @@ def test_best_tokens_equal_a_full_softmax(monkeypatch, chunk):
         allowed = full.clone()
         never = allowed.argmax(1)[:2].tolist()
         allowed[:, never] = -torch.inf
-        token, sure = medlm.best_tokens(hidden, head, row, never)
+        token, sure, rank = medlm.best_tokens(hidden, head, row, never)
         assert token.tolist() == allowed.argmax(1).tolist()
         assert torch.allclose(sure, allowed.log_softmax(1).amax(1))
+        assert (rank == sure).all()
         rival = torch.arange(7)
-        token, sure = medlm.best_tokens(hidden, head, row, never, rival)
+        token, sure, _ = medlm.best_tokens(hidden, head, row, never, rival)
         assert torch.allclose(sure, allowed.amax(1) - full[torch.arange(7), rival])
-        token, sure = medlm.best_tokens(hidden, head, row[:0], never)
-        assert len(token) == len(sure) == 0
+        last = int(token[0])
+        token, sure, rank = medlm.best_tokens(hidden, head, row, never, last=last)
+        others = allowed.index_fill(1, torch.tensor([last]), -torch.inf).log_softmax(1)
+        assert torch.allclose(sure, allowed.log_softmax(1).amax(1))
+        assert torch.allclose(rank, others.gather(1, token[:, None])[:, 0])
+        assert rank[0] == -torch.inf
+        assert all(len(found) == 0 for found in medlm.best_tokens(hidden, head, row[:0], never))
 
 
 responses = st.lists(st.sampled_from([0, 1, PAD, EOS]), max_size=8)
@@ -314,15 +373,14 @@ responses = st.lists(st.sampled_from([0, 1, PAD, EOS]), max_size=8)
     )
 )
 def test_close_draft_cuts_at_the_first_eos_drops_pads_and_ends_with_one_eos(cases):
-    x = Ragged.pack([p + r for p, r in cases])
-    prompt_len = torch.tensor([len(p) for p, _ in cases])
-    closed = medlm.close_draft(x, prompt_len, TOKENS)
+    x = frozen_text([p for p, _ in cases], [r for _, r in cases])
+    closed = medlm.close_draft(x, TOKENS)
     expected = [[t for t in itertools.takewhile(lambda t: t != EOS, r) if t != PAD] for _, r in cases]
     assert closed.unpack() == [p + e + [EOS] for (p, _), e in zip(cases, expected)]
-    assert medlm.contents(closed, prompt_len) == expected
-    text, gaps = medlm.text_and_gaps(closed, prompt_len)
-    assert closed.ids[text].tolist() == list(itertools.chain(*expected))
-    assert closed.ids[gaps].tolist() == list(itertools.chain(*([p[-1], *e] for (p, _), e in zip(cases, expected))))
+    assert medlm.contents(closed) == expected
+    assert closed.ids[closed.frozen == FREE].tolist() == list(itertools.chain(*expected))
+    extensible = itertools.chain(*([p[-1], *e] for (p, _), e in zip(cases, expected)))
+    assert closed.ids[closed.frozen != FROZEN].tolist() == list(extensible)
 
 
 class Fickle(Tiny):
@@ -334,10 +392,10 @@ class Fickle(Tiny):
             self.lm_head.bias[[DELETE, MASK]] = torch.tensor([99.0, 98.0])
 
 
-@pytest.mark.parametrize("order", ["confidence", "random"])
+@pytest.mark.parametrize("order", medlm.ORDERS)
 def test_masks_are_filled_in_equal_shares_and_never_with_del_or_mask(order):
-    x = Ragged.pack([[1, MASK] + [MASK] * 10, [2, 7, 8], [3] + [MASK] * 3])  # a mask in a prompt is left alone
-    prompt_len, passes = torch.tensor([2, 1, 1]), torch.tensor([4, 0, 3])
+    x = frozen_text([[1, MASK], [2], [3]], [[MASK] * 10, [7, 8], [MASK] * 3])  # a mask in a prompt is left alone
+    passes = torch.tensor([4, 0, 3])
     counts = []
 
     def count(label, step, x, edits):
@@ -345,20 +403,22 @@ def test_masks_are_filled_in_equal_shares_and_never_with_del_or_mask(order):
 
     settings = {"order": order, "seeds": torch.arange(3), "on_pass": count}
     with torch.no_grad():
-        filled = medlm.fill_masks(Fickle(), x, prompt_len, passes, TOKENS, **settings)
+        filled, sure, used = medlm.fill_masks(Fickle(), x, passes, TOKENS, **settings)
     assert counts == [[3, 0, 1], [3, 0, 1], [2, 0, 1], [2, 0, 0]]
     rows = filled.unpack()
+    assert used.tolist() == [4, 0, 3]
+    assert (sure.isfinite() == ((x.ids == MASK) & (x.frozen == FREE))).all()
     assert rows[0][:2] == [1, MASK]
     assert rows[1] == [2, 7, 8]
     assert not {MASK, DELETE} & set(rows[0][2:] + rows[2])
 
 
 def test_confident_order_fills_the_surest_masks_first():
-    model, x = Tiny(), Ragged.pack([[1] + [MASK] * 6])
+    model, x = Tiny(), frozen_text([[1]], [[MASK] * 6])
     seen = []
     settings = {"order": "confidence", "seeds": None, "on_pass": lambda label, step, x, edits: seen.append((x, edits))}
     with torch.no_grad():
-        medlm.fill_masks(model, x, torch.tensor([1]), torch.tensor([3]), TOKENS, **settings)
+        medlm.fill_masks(model, x, torch.tensor([3]), TOKENS, **settings)
         for before, (op, token, _) in seen:
             logits = model.lm_head(model(before)).index_fill(1, torch.tensor([MASK, DELETE]), -torch.inf)
             best = logits.log_softmax(1).max(1)
@@ -367,19 +427,129 @@ def test_confident_order_fills_the_surest_masks_first():
             assert (token[op == SUB] == best.indices[op == SUB]).all()
 
 
+def published_decoder(logits_of, n, steps, pad, never):
+    """The published rule for one response of n masks: {position: token} after each pass, in plain Python.
+
+    logits_of: from {position: token} to the n rows of logits. never: tokens that cannot be chosen.
+    """
+    filled, after = {}, []
+    for step in range(steps):
+        scores = []
+        for i, row in enumerate(logits_of(filled)):
+            row = [-math.inf if token in never else value for token, value in enumerate(row)]
+            token = max(range(len(row)), key=lambda v: row[v])
+            total = sum(math.exp(value) for v, value in enumerate(row) if v != pad)
+            probability = 0.0 if token == pad else math.exp(row[token]) / total
+            scores.append((probability, -i, token))
+        free = sorted((score for score in scores if -score[1] not in filled), reverse=True)
+        share = n // steps + (step < n % steps)
+        filled |= {-at: token for _, at, token in free[:share]}
+        after.append(dict(filled))
+    return after
+
+
+@pytest.mark.parametrize("favour", [0, 3, 5])
+@torch.no_grad()
+def test_the_default_order_is_the_published_one(favour):
+    """On random logits with pads favoured; also that it differs from the order of confidence where pads are wanted."""
+    n, same = 12, []
+    for seed in range(40):
+        model, steps = Tiny(seed), 1 + seed % 7
+        model.lm_head.bias[PAD] += favour
+        model.lm_head.weight *= 3
+        x, seen = frozen_text([[seed % 50, 3]], [[MASK] * n]), []
+
+        def logits_of(filled, x=x, model=model):
+            row = [*x.ids[:2].tolist(), *(filled.get(i, MASK) for i in range(n))]
+            return model.lm_head(model(Ragged.pack([row])))[2:].double().tolist()
+
+        def note(t, x, op, sub, ins, label, seen=seen):
+            seen.append({i: t for i, t in enumerate(apply_edits(x, op, sub, ins).ids[2:].tolist()) if t != MASK})
+
+        limits = {"init_num": n, "mask_diffusion_step": steps, "edit_diffusion_step": 0}
+        medlm.decode(model, [[seed % 50, 3]], TOKENS, **limits, on_step=note)
+        assert seen == published_decoder(logits_of, n, steps, PAD, {MASK, DELETE})
+        text, *_ = medlm.fill_masks(model, x, torch.tensor([steps]), TOKENS, order="confidence")
+        same.append(text.unpack()[0][2:] == [seen[-1][i] for i in range(n)])
+    assert favour == 0 or not all(same)
+
+
+@given(st.integers(0, 999), st.integers(1, 12), st.floats(0.02, 0.9), st.sampled_from(medlm.ORDERS))
+@settings(deadline=None, max_examples=60)
+def test_above_a_threshold_every_sure_mask_is_filled_and_at_least_the_share_is(seed, steps, threshold, order):
+    model, left = Tiny(seed), []
+    with torch.no_grad():
+        model.lm_head.weight *= 4
+    x = frozen_text([[1], [2, 3]], [[MASK] * 12, [MASK] * 5])
+    passes, seeds = torch.tensor([steps, min(steps, 5)]), torch.tensor([1, 2])
+
+    def check(label, step, x, edits):
+        filled, masked = edits[0] == SUB, (x.ids == MASK)
+        p = model.lm_head(model(x)).index_fill(1, torch.tensor([MASK, DELETE]), -torch.inf).softmax(1).amax(1)
+        sure = masked & (p > threshold)
+        assert (filled | ~sure)[(p - threshold).abs() > 1e-5].all()
+        for b in range(2):
+            rest, done = int((masked & (x.batch == b)).sum()), int((filled & (x.batch == b)).sum())
+            share = -(-rest // max(1, int(passes[b]) - step))
+            assert done >= share
+            assert done == share or (sure & (x.batch == b)).sum() > 0
+        left.append(step)
+
+    with torch.no_grad():
+        fill = {"order": order, "seeds": seeds, "threshold": threshold}
+        text, _, used = medlm.fill_masks(model, x, passes, TOKENS, **fill, on_pass=check)
+    assert MASK not in text.ids
+    assert len(left) == used.max() <= steps
+    assert (used <= passes).all()
+
+
+def test_a_low_threshold_fills_all_in_one_pass():
+    (one,) = medlm.decode(Tiny(), [[1]], TOKENS, init_num=9, mask_diffusion_step=9, threshold=1e-6)
+    assert one.passes["mask_passes"] == 1
+
+
+@torch.no_grad()
+def test_the_control_fills_the_least_sure_tokens_again_and_edits_nothing():
+    for seed in range(10):
+        model, states = Tiny(seed), []
+        model.lm_head.weight *= 4
+        model.lm_head.bias[[PAD, EOS]] = -99.0
+        settings = {"init_num": 8, "mask_diffusion_step": 4, "edit_diffusion_step": 3, "order": "confidence"}
+        note = lambda *step, to=states: to.append(step[1:])  # noqa: E731
+        (out,) = medlm.decode(model, [[5, 6]], TOKENS, repair="remask", max_edits=3, **settings, on_step=note)
+        assert out.passes == {"mask_passes": 4, "edit_passes": 3}
+        x, sure, _ = medlm.fill_masks(
+            model, frozen_text([[5, 6]], [[MASK] * 8]), torch.tensor([4]), TOKENS, order="confidence"
+        )
+        row, sure = x.ids.tolist(), sure.tolist()
+        assert out.draft == row[2:]
+        for _, op, sub, ins, label in states[4:]:
+            assert label == "edit"
+            least = sorted(range(2, 10), key=lambda i: sure[i])[:3]
+            masked = [MASK if i in least else token for i, token in enumerate(row)]
+            p = model.lm_head(model(Ragged.pack([masked]))).index_fill(1, torch.tensor([MASK, DELETE]), -torch.inf)
+            top = p.log_softmax(1).max(1)
+            before = list(row)
+            for i in least:
+                row[i], sure[i] = int(top.indices[i]), float(top.values[i])
+            assert (ins == GAP).all()
+            assert [s if o == SUB else b for o, s, b in zip(op.tolist(), sub.tolist(), before)] == row
+        assert out.response == row[2:]
+        (none,) = medlm.decode(model, [[5, 6]], TOKENS, repair="none", **settings)
+        assert (none.response, none.passes["edit_passes"]) == (out.draft, 0)
+
+
 def test_random_order_depends_on_the_seed_alone():
     def order(seeds, rows):
-        x = Ragged.pack([[1] + [MASK] * 12] * rows)
+        x = frozen_text([[1]] * rows, [[MASK] * 12] * rows)
         masks = []
 
         def note(label, step, x, edits):
             masks.append(edits[0].view(rows, 13).argmax(1))  # one mask per sequence and pass
 
-        prompt_len, passes = torch.ones(rows).long(), torch.full((rows,), 12)
+        passes = torch.full((rows,), 12)
         with torch.no_grad():
-            medlm.fill_masks(
-                Tiny(), x, prompt_len, passes, TOKENS, order="random", seeds=torch.tensor(seeds), on_pass=note
-            )
+            medlm.fill_masks(Tiny(), x, passes, TOKENS, order="random", seeds=torch.tensor(seeds), on_pass=note)
         return torch.stack(masks, 1).tolist()
 
     batch = order([5, 6, 5], 3)
@@ -407,30 +577,29 @@ def test_the_example_in_the_header():
 texts = st.lists(LETTERS, max_size=9)
 
 
-@given(st.lists(st.tuples(st.integers(1, 3), texts, texts), min_size=1, max_size=5), st.randoms())
+suffixes = st.lists(LETTERS, max_size=3).map(lambda s: [8, *s, EOS] if s else [EOS])
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), texts, texts, suffixes), min_size=1, max_size=5), st.randoms())
 @settings(deadline=None, max_examples=200)
 def test_following_the_labels_every_edit_pass_lowers_the_distance_until_the_target_is_reached(cases, rng):
-    rows = [[9] * n + draft + [EOS] for n, draft, _ in cases]
-    prompt_len = torch.tensor([n for n, _, _ in cases])
+    x = frozen_text([[9] * n for n, *_ in cases], [draft for _, draft, *_ in cases], [s for *_, s in cases])
     for _ in range(10):
-        x = Ragged.pack(rows)
-        drafts = medlm.contents(x, prompt_len)
-        distances = [distance(a, target) for a, (_, _, target) in zip(drafts, cases)]
+        drafts = medlm.contents(x)
+        distances = [distance(a, target) for a, (_, _, target, _) in zip(drafts, cases)]
         if not any(distances):
             break
-        batch = medlm.label_drafts(x, prompt_len, [target for _, _, target in cases], TOKENS)
+        batch = medlm.label_drafts(x, [target for _, _, target, _ in cases], TOKENS)
         assert batch.counts["edit_distance"] == pytest.approx(sum(distances) / len(distances))
         following = torch.tensor([rng.randrange(4) for _ in x.ids])  # what an unsupervised gap says must not matter,
-        outside = (x.positions < prompt_len[x.batch] - 1) | (x.ids == EOS)  # and outside the response there are no gaps
-        following[outside] = GAP
+        following[x.frozen == FROZEN] = GAP  # and outside the response there are no gaps
         following[batch.next_row] = batch.next_token
         token = x.ids.index_copy(0, batch.lm_row, batch.lm_token.masked_fill(batch.lm_token == DELETE, GAP))
-        rows = apply_edits(x, *medlm.edit_pass(x, token, following)).unpack()
-        for row, before, (n, _, target) in zip(rows, distances, cases):
-            assert row[:n] == [9] * n
-            assert row[-1] == EOS
-            assert before == 0 or distance(row[n:-1], target) < before
-    assert [row[n:-1] for row, (n, _, _) in zip(rows, cases)] == [target for _, _, target in cases]
+        x = apply_edits(x, *medlm.edit_pass(x, token, following))
+        for row, text, before, (n, _, target, suffix) in zip(x.unpack(), medlm.contents(x), distances, cases):
+            assert row == [9] * n + text + suffix
+            assert before == 0 or distance(text, target) < before
+    assert medlm.contents(x) == [target for _, _, target, _ in cases]
 
 
 drafts = st.lists(st.sampled_from([0, 1, 2, PAD, EOS]), max_size=9)
@@ -502,8 +671,8 @@ class Swap(nn.Module):
 
 @torch.no_grad()
 def test_a_sequence_that_comes_back_to_a_text_is_finished():
-    x, one = Ragged.pack([[1, 5, 2, EOS], [1, 4, 4, EOS], [1, EOS]]), torch.tensor([1, 1, 1])
-    out, used = medlm.refine(Swap(), x, one, 16, TOKENS, max_len=9 * one)
+    x = closed(([1], [5, 2]), ([1], [4, 4]), ([1], []))
+    out, used = medlm.refine(Swap(), x, 16, TOKENS, max_len=torch.full((3,), 9))
     assert out.unpack() == [[1, 5, 2, EOS], [1, 3, 3, EOS], [1, EOS]]
     assert used.tolist() == [2, 2, 1]
 
@@ -529,14 +698,22 @@ def test_no_response_outgrows_its_room_and_edits_never_write_special_tokens():
 
 @torch.no_grad()
 def test_limited_edits_are_the_surest_ones():
-    x = Ragged.pack([[1, 5, 4, 5, 4, EOS]])  # Swap is surer about 4 -> 3 than about 5 -> 6
-    one = torch.tensor([1])
-    op, sub, ins = medlm.propose_edits(Swap(), x, one, one.bool(), TOKENS, one * 9, 2)
+    x = closed(([1], [5, 4, 5, 4]))  # Swap is surer about 4 -> 3 than about 5 -> 6
+    active = torch.tensor([True])
+    op, sub, ins = medlm.propose_edits(Swap(), x, active, TOKENS, torch.tensor([9]), 2)
     assert op.tolist() == [KEEP, KEEP, SUB, KEEP, SUB, KEEP]
     assert sub[op == SUB].tolist() == [3, 3]
     assert (ins == GAP).all()
-    *_, odds = medlm.predict_edits(Swap(), x, one, one.bool(), TOKENS)
+    *_, odds = medlm.predict_edits(Swap(), x, active, TOKENS)
     assert odds[1:5, 0].tolist() == [5 - 2, 9 - 2, 5 - 2, 9 - 2]
+
+
+@torch.no_grad()
+def test_edits_below_the_least_odds_are_not_made():
+    x, active, room = closed(([1], [5, 4, 5, 4])), torch.tensor([True]), torch.tensor([9])  # odds 3, 7, 3, 7
+    for least, wanted in [(2.9, 4), (3.1, 2), (7.1, 0)]:
+        op, *_ = medlm.propose_edits(Swap(), x, active, TOKENS, room, None, least)
+        assert (op == SUB).sum() == wanted
 
 
 def test_without_room_to_insert_a_limited_pass_deletes_first():
@@ -575,7 +752,7 @@ def test_decode_with_nothing_to_do():
         steps = {"init_num": init_num, "mask_diffusion_step": 4, "edit_diffusion_step": edits}
         (one,) = medlm.decode(model, [[20]], TOKENS, **steps)
         assert (one.response, one.draft, one.tokens, tuple(one.passes.values())) == ([], [], [EOS], passes)
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
+    with pytest.raises(ValueError, match="every prompt needs at least one token"):
         medlm.decode(Tiny(), [[1], []], TOKENS)
 
 
@@ -585,6 +762,113 @@ def test_special_tokens_names_what_is_missing():
     full.del_id = None
     with pytest.raises(ValueError, match=r"no del token.*convert.py --to medlm"):
         methods.special_tokens(medlm, full)
+
+
+# ---------------------------------------------------------------------------------------------------- frozen spans
+
+ids = st.integers(0, V - 1)  # special tokens included
+spans = st.lists(st.tuples(st.booleans(), ids), max_size=6)  # of a draft: (kept, token)
+frozen_cases = st.tuples(st.lists(ids, min_size=1, max_size=3), spans, st.lists(ids, max_size=3))
+
+
+def frozen_spans(prompt, span, suffix):
+    """Runs of tokens that must stay and stay together: the prompt, every kept run, the suffix."""
+    runs = [[token for _, token in run] for kept, run in itertools.groupby(span, lambda s: s[0]) if kept]
+    return [prompt, *runs, *([suffix] if suffix else [])]
+
+
+def holds(row, runs):
+    """Whether the runs stand in the row in this order: the first at its start, the last, if it is a suffix, anywhere
+    behind the others."""
+    if not runs:
+        return True
+    n = len(runs[0])
+    return any(row[i : i + n] == runs[0] and holds(row[i + n :], runs[1:]) for i in range(len(row) - n + 1))
+
+
+@given(
+    st.lists(frozen_cases, min_size=1, max_size=4), st.integers(0, 10**6), st.booleans(), st.booleans(),
+    st.sampled_from([None, 2]),
+)  # fmt: skip
+@settings(deadline=None, max_examples=150)
+def test_no_token_of_a_frozen_span_ever_changes_moves_or_is_split(cases, seed, drafted, suffixed, max_edits):
+    model, states = Tiny(seed), []
+    given_drafts = {}
+    if drafted:
+        given_drafts["drafts"] = [[token for _, token in span] for _, span, _ in cases]
+        given_drafts["keep"] = [[kept for kept, _ in span] for _, span, _ in cases]
+    if suffixed:
+        given_drafts["suffixes"] = [[*suffix, EOS] for *_, suffix in cases]
+    decoded = medlm.decode(
+        model, [prompt for prompt, *_ in cases], TOKENS, **given_drafts, init_num=5, mask_diffusion_step=2,
+        edit_diffusion_step=4, max_edits=max_edits, on_step=lambda t, *step: states.append(step),
+    )  # fmt: skip
+    texts = [[x.unpack() for x in (x, apply_edits(x, *edits))] for x, *edits, _ in states]
+    texts = [rows for pair in texts for rows in pair]
+    texts.append([prompt + d.tokens for (prompt, *_), d in zip(cases, decoded)])
+    for rows in texts:
+        for row, (prompt, span, suffix) in zip(rows, cases):
+            suffix = [*suffix, EOS] if suffixed else []
+            assert row[: len(prompt)] == prompt
+            assert row[len(row) - len(suffix) :] == suffix
+            assert holds(row, frozen_spans(prompt, span if drafted else [], suffix))
+    for d, (*_, suffix) in zip(decoded, cases):
+        suffix = [*suffix, EOS] if suffixed else [EOS]
+        assert d.tokens == d.response + suffix
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), texts, texts, suffixes), min_size=1, max_size=4))
+@settings(deadline=None)
+def test_a_given_draft_is_edited_and_no_mask_is_filled(cases):
+    known = {20 + i: (n, draft, target, suffix) for i, (n, draft, target, suffix) in enumerate(cases)}
+    model = Oracle(known)
+    prompts = [[20 + i, *[9] * (n - 1)] for i, (n, *_) in enumerate(cases)]
+    decoded = medlm.decode(
+        model, prompts, TOKENS, drafts=[draft for _, draft, *_ in cases], suffixes=[s for *_, s in cases], init_num=9,
+        edit_diffusion_step=12,
+    )  # fmt: skip
+    assert [d.draft for d in decoded] == [draft for _, draft, *_ in cases]
+    assert [d.response for d in decoded] == [target for *_, target, _ in cases]
+    assert all(d.passes["mask_passes"] == 0 for d in decoded)
+    assert model.forwards == max(d.passes["edit_passes"] for d in decoded)
+
+
+def test_the_masks_stand_between_prompt_and_suffix_and_no_text_outgrows_the_positions():
+    for seed in range(10):
+        model = Tiny(seed)
+        model.next_token_head.bias.data[3] = 50  # inserts wherever it may
+        rows = []
+        decoded = medlm.decode(
+            model, [[1, 2], [3]], TOKENS, suffixes=[[7, EOS], [5, 6, EOS]], init_num=4, mask_diffusion_step=2,
+            edit_diffusion_step=6, max_positions=7, on_step=lambda t, x, *_, rows=rows: rows.append(x.unpack()),
+        )  # fmt: skip
+        assert rows[0] == [[1, 2, *[MASK] * 4, 7, EOS], [3, *[MASK] * 4, 5, 6, EOS]]
+        assert all(len(d.tokens) + n <= 8 for d, n in zip(decoded, (2, 1)))
+
+
+def test_behind_a_response_its_suffix_is_the_label_even_where_the_wanted_text_goes_on_as_the_suffix_does():
+    x = frozen_text([[9]], [[1]], [[3, 4, EOS]])
+    for wanted in ([1], [1, 3]):
+        batch = medlm.label_drafts(x, [wanted], TOKENS)
+        assert batch.next_row.tolist() == [0, 1]
+        assert batch.next_token.tolist() == [1, 3]  # 3 stands there already
+
+
+def test_a_suffix_is_trained_around():
+    examples = [example([1, 2], [3, 4, PAD], [7, EOS]), example([1], [5], [EOS]), example([6], [3, EOS])]
+    for seed in range(10):
+        batch, _ = mask_batch(examples, seed)
+        assert set(batch.lm_row.tolist()) <= {2, 3, 4, 8, 11, 12}
+        plan = medlm.RolloutPlan(2, 6, 0.9)
+        batch = medlm.rollout(Tiny(seed), examples, plan, TOKENS, min_t=0.5, max_t=1.0, generator=seeded(seed))
+        rows, frozen = batch.x.unpack(), batch.x.frozen.split(batch.x.lengths.tolist())
+        ends = [e.suffix or [EOS] for e in examples]
+        assert [row[-len(end) :] for row, end in zip(rows, ends)] == ends
+        for e, states, end in zip(examples, frozen, ends):
+            middle = len(states) - len(e.prompt) - len(end)
+            start = [FROZEN] * (len(e.prompt) - 1) + [ANCHOR]
+            assert states.tolist() == start + [FREE] * middle + [FROZEN] * len(end)
+        assert set(batch.lm_row.tolist()) == set((batch.x.frozen == FREE).nonzero().flatten().tolist())
 
 
 # ---------------------------------------------------------------------------------------------------- rollouts
@@ -598,6 +882,22 @@ def test_plans_stay_within_their_limits_and_agree_for_the_same_generator(progres
     for mask_passes in range(max_steps + 1):
         assert 0 <= plan.edit_passes(mask_passes) <= progress * (max_steps - mask_passes + 1)
         assert mask_passes + plan.edit_passes(mask_passes) <= max_steps
+
+
+def test_edits_alone_are_limited_by_progress_and_filling_takes_as_long_as_it_takes():
+    plan = medlm.plan_rollout(0.6, [2], 8, seeded(0), edits_alone=True)
+    assert plan.edit_passes(99) == 4
+    assert plan.mask_passes(torch.tensor([0, 3, 41])).tolist() == [0, 2, 21]
+    together = medlm.plan_rollout(0.6, [2], 8, seeded(0))
+    assert together.mask_passes(torch.tensor([0, 3, 41])).tolist() == [0, 2, 8]
+
+
+def test_one_t_for_a_batch_is_the_same_for_all_its_samples():
+    examples = [example([1], [5] * 2000)] * 4
+    batch = medlm.mask_batch(examples, mask_id=MASK, min_t=0.1, max_t=1.0, generator=seeded(1), one_t=True)
+    masked = (batch.x.ids == MASK).view(4, -1).float().mean(1)
+    assert (masked - masked.mean()).abs().max() < 0.05
+    assert len(batch.lm_weight.unique()) == 1
 
 
 def test_edit_passes_grow_with_progress_and_are_uniform():
@@ -617,27 +917,35 @@ def rollout_examples(seed):
     ]
 
 
-def slow_edit_loss(model, rows, prompt_len, clean):
-    lm, following = [], []
-    for row, n, target in zip(rows, prompt_len, clean):
+def slow_edit_loss(model, rows, prompt_len, clean, ts=None):
+    """Mean over samples of the mean over rows; with the masked fractions ts, mean over all rows of the loss / t."""
+    lm, following, counts = [], [], [0, 0]
+    for b, (row, n, target) in enumerate(zip(rows, prompt_len, clean)):
         hidden = model(Ragged.pack([row]))
         token, insert = edit_labels(row[n:-1], target, DELETE, EOS)
-        ce = [-model.lm_head(hidden[n + i]).log_softmax(-1)[label] for i, label in enumerate(token)]
-        lm += [sum(ce) / len(ce)] if ce else []
+        labels = [*token.tolist(), *([] if ts is None else [EOS])]  # the end-of-message is supervised, too
+        ce = [-model.lm_head(hidden[n + i]).log_softmax(-1)[label] for i, label in enumerate(labels)]
+        lm += [sum(ce) / (len(ce) if ts is None else ts[b])] if ce else []
+        counts[0] += len(ce)
         ce = [
             -model.next_token_head(hidden[n - 1 + k]).log_softmax(-1)[label]
             for k, label in enumerate(insert)
             if label != -100
         ]
-        following.append(sum(ce) / len(ce))
-    return sum(lm) / max(len(lm), 1), sum(following) / len(following)
+        following.append(sum(ce) / (len(ce) if ts is None else ts[b]))
+        counts[1] += len(ce)
+    counts = [max(len(lm), 1), len(following)] if ts is None else counts
+    return sum(lm) / counts[0], sum(following) / counts[1]
 
 
-def test_rollouts_carry_the_labels_of_their_own_drafts_and_the_loss_equals_the_slow_version():
-    for seed in range(8):
+@pytest.mark.parametrize("norm", NORMS)
+def test_rollouts_carry_the_labels_of_their_own_drafts_and_the_loss_equals_the_slow_version(norm):
+    for seed in range(6):
         model, examples = Tiny(seed), rollout_examples(seed)
         plan = medlm.RolloutPlan(tokens_per_pass=2, max_passes=6, edit_share=0.7)
-        batch = medlm.rollout(model, examples, plan, TOKENS, min_t=0.1, max_t=0.9, generator=seeded(seed))
+        limits = {"min_t": 0.0, "max_t": 0.9, "loss_norm": norm}
+        batch = medlm.rollout(model, examples, plan, TOKENS, **limits, generator=seeded(seed))
+        ts = stratified(5, 0.0, 0.9, seeded(seed)).clamp(min=medlm.MIN_T)  # the first thing that is drawn
         prompt_len = [len(e.prompt) for e in examples]
         rows = batch.x.unpack()
         clean = [e.response[: e.response.index(EOS)] for e in examples]
@@ -651,7 +959,7 @@ def test_rollouts_carry_the_labels_of_their_own_drafts_and_the_loss_equals_the_s
         assert batch.counts["edit_distance"] == pytest.approx(sum(distances) / len(distances))
         assert batch.counts["mask_passes"] + batch.counts["edit_passes"] <= 6
         loss, metrics = medlm.loss(model, batch)
-        lm, following = slow_edit_loss(model, rows, prompt_len, clean)
+        lm, following = slow_edit_loss(model, rows, prompt_len, clean, ts if norm == "tokens" else None)
         assert torch.allclose(metrics["loss_edit_lm"], lm, rtol=1e-4)
         assert torch.allclose(metrics["loss_edit_next"], following, rtol=1e-4)
         assert torch.allclose(loss, lm + following, rtol=1e-4)
@@ -660,8 +968,7 @@ def test_rollouts_carry_the_labels_of_their_own_drafts_and_the_loss_equals_the_s
 
 
 def test_an_empty_rollout_trains_the_insertion_behind_the_prompt_and_nothing_else():
-    x, prompt_len = Ragged.pack([[8, 9, EOS], [8, EOS]]), torch.tensor([2, 1])
-    batch = medlm.label_drafts(x, prompt_len, [[3, 1], []], TOKENS)
+    batch = medlm.label_drafts(closed(([8, 9], []), ([8], [])), [[3, 1], []], TOKENS)
     assert len(batch.lm_row) == 0
     assert batch.next_row.tolist() == [1, 3]
     assert batch.next_token.tolist() == [3, EOS]
@@ -695,7 +1002,7 @@ def test_filling_takes_as_many_passes_as_planned_and_never_more_than_the_limit()
 
 @pytest.mark.parametrize(
     ("response", "name"),
-    [([1, EOS, 2], "eos"), ([1, PAD, 2, EOS], "pad"), ([DELETE, EOS], "del"), ([1, MASK], "mask"), ([1, PAD], "pad")],
+    [([1, EOS, 2], "eos"), ([1, PAD, 2, EOS], "pad"), ([DELETE, EOS], "del"), ([1, MASK], "mask"), ([EOS, 2], "eos")],
 )
 def test_responses_that_cannot_be_labelled_are_refused(response, name):
     with pytest.raises(ValueError, match=f"holds the {name} token"):
@@ -704,7 +1011,7 @@ def test_responses_that_cannot_be_labelled_are_refused(response, name):
 
 def test_response_text_ends_before_eos_and_pads():
     assert medlm.response_text([1, 2, EOS, PAD, PAD], TOKENS) == [1, 2]
-    assert medlm.response_text([1, 2], TOKENS) == [1, 2]
+    assert medlm.response_text([1, 2], TOKENS) == medlm.response_text([1, 2, PAD], TOKENS) == [1, 2]
     assert medlm.response_text([EOS], TOKENS) == medlm.response_text([], TOKENS) == []
 
 

@@ -152,8 +152,8 @@ def uneven_texts(rank):
 
     draw_masks, propose_edits = medlm.draw_masks, medlm.propose_edits
 
-    def draw(x, prompt_len, t, generator):
-        rows = draw_masks(x, prompt_len, t * 0 + 1, generator)
+    def draw(x, t, generator):
+        rows = draw_masks(x, t * 0 + 1, generator)
         return rows[:1] if rank == 1 else rows
 
     def propose(*args):

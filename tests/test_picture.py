@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import unicodedata
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageColor, ImageDraw
+from terminal import Terminal
 
 from plumbing import picture
 from plumbing.picture import DELETED, INSERTED, SUBSTITUTED, Cell, Trace, frames, outcome, show, write_gif, write_html
@@ -271,9 +273,83 @@ def test_a_frame_takes_as_many_rows_as_are_redrawn_whatever_the_size_of_the_term
     drawn = re.split(r"\x1b\[(\d+)F\x1b\[J", file.getvalue())
     assert len(drawn) == 2 * len(steps) + 3
     for picture_, up in zip(drawn[::2], drawn[1::2]):
-        lines = re.sub(r"\x1b\[[\d;]*m", "", picture_).split("\n")[:-1]
+        lines = re.sub(r"\x1b\[\??[\d;]*[mhl]", "", picture_).split("\n")[:-1]
         assert len(lines) == int(up) < height
         assert all(picture.columns(line) <= width for line in lines)
+
+
+LONG = [" the", " cat", "s", " 中文字", " über", " e\u0301te\u0301", "。", " 한국어", " 😀", " seventeen", "!", "\n"]
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Opens a terminal of so many columns and rows, into which a live trace can be drawn."""
+    opened = []
+
+    def start(columns, rows=24):
+        opened.append(Terminal(columns, rows))
+        for name in ("COLUMNS", "LINES", "NO_COLOR"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.setattr(sys, "__stdout__", opened[-1].file)  # whose window is asked for its size
+        return opened[-1]
+
+    yield start
+    for terminal in opened:
+        terminal.close()
+
+
+@pytest.mark.parametrize("rows", [24, 7])
+@pytest.mark.parametrize("columns", [40, 60, 80, 100, 200])
+def test_after_every_step_the_screen_has_the_command_and_one_frame(terminal, columns, rows):
+    screen, rng = terminal(columns, rows), np.random.default_rng(columns)
+    pieces = lambda ids: [LONG[i] for i in ids]  # noqa: E731
+    trace, x, above = Trace(2, pieces, live=screen.file), Ragged.pack([[0, 1]]), [f"line {n}" for n in range(30)]
+    screen.print("\n".join(above) + "\n")
+    for k in range(24):
+        drawn = zip(rng.choice([KEEP, KEEP, SUB, DEL], len(x.ids)), rng.integers(2, len(LONG), (len(x.ids), 2)))
+        made = {i: (op, sub, ins if ins % 3 == 0 else GAP) for i, (op, (sub, ins)) in enumerate(drawn) if i > 1}
+        edits = tensors(made | {1: (KEEP, GAP, 2 + k % 10)}, len(x.ids))
+        trace.on_step(k / 24, x, *edits)
+        screen.sync()
+        frame = picture.layout(picture._frame(trace, k, max(0, k - 1)), min(columns, 100), rows - 2)
+        lines = ["".join(cell.text for cell in line).rstrip() for line in frame]
+        *before, headline = screen.lines()[: len(above) + 1]
+        assert before == above
+        assert re.fullmatch(rf"t = 0\.\d\d  ━*─*  step {k}", headline)
+        assert len(headline) == min(columns, 100)
+        assert screen.text() == unicodedata.normalize("NFC", "\n".join(above + lines).rstrip())
+        x = apply_edits(x, *edits)
+    trace.finish(x.unpack()[0])
+    screen.sync()
+    assert screen.lines()[: len(above)] == above
+    assert screen.text().count("step ") == 1
+
+
+def test_letters_that_are_wider_than_thought_are_cut_off_and_do_not_wrap(terminal):
+    """Flags, and the hexagrams of the I Ching, which became wide in Unicode 16."""
+    screen, text = terminal(40), "🇩🇪" * 30 + "䷀" * 30
+    trace = Trace(1, lambda ids: [text] * len(ids), live=screen.file)
+    for k in range(30):
+        trace.on_step(k / 30, Ragged.pack([[0, 1]]), *tensors({}, 2))
+        screen.sync()
+    assert len(screen.lines()) == 4 + 5  # twice 90 letters in lines of 40
+    assert screen.text().count("step ") == 1
+
+
+def test_what_is_seen_at_40_columns(terminal):
+    screen = terminal(40)
+    screen.print("$ python sample.py --show\n")
+    record([0, 1, 4], [{}, {1: (SUB, 11, 3), 2: (DEL, GAP, 11)}, {}], live=screen.file)
+    screen.sync()
+    assert screen.lines() == [
+        "$ python sample.py --show",
+        "t = 1.00  ━━━━━━━━━━━━━━━━━━━━━━  step 3",
+        "inserted 2   substituted 1   to be",
+        "deleted 1",
+        "",
+        "<bos> 中文字 the 中文字",
+    ]
 
 
 def test_live_draws_each_step_and_the_end(monkeypatch):
@@ -360,20 +436,20 @@ def test_marks_can_be_told_apart_in_grey():
 def test_a_gif_is_drawn_with_any_font_and_any_text(tmp_path, monkeypatch, fonts):
     monkeypatch.setattr(picture, "FONTS", fonts)
     texts = ["<bos>", "中文 😀", "", "\n\n", "x" * 300, "\x1b[31m", "\ud800", " \t ", "\u200d"]
-    trace = Trace(1, lambda ids: [texts[i] for i in ids])
+    trace = Trace(1, lambda ids: [texts[i] for i in ids], title="中 “title”")
     trace.on_step(0.0, Ragged.pack([[0]]), *tensors({0: (KEEP, GAP, 1)}, 1))
     trace.on_step(0.5, Ragged.pack([[0, 1]]), *tensors({1: (DEL, GAP, 4)}, 2))
     trace.finish([0, 1, 2, 3, 4, 5, 6, 7, 3, 8])
-    write_gif(trace, tmp_path / "a.gif", title="中 “title”")
+    write_gif(trace, tmp_path / "a.gif")
     assert len(gif_frames(tmp_path / "a.gif")[1]) == 4
 
 
 def test_html_is_one_page_in_which_text_stays_text(tmp_path):
     hostile = ["</script><script>alert(1)</script>", "<!--", '"', "'", "\\", "&amp;", "{{data}}", "\ud800", "\u2028"]
-    trace = Trace(0, lambda ids: [hostile[i] for i in ids])
+    trace = Trace(0, lambda ids: [hostile[i] for i in ids], title='<b>"{{data}}"')
     trace.on_step(0.0, Ragged.pack([[0, 1, 2, 3, 4]]), *tensors({2: (DEL, GAP, 5)}, 5))
     trace.finish([0, 1, 5, 3, 4, 6, 7, 8])
-    write_html(trace, tmp_path / "a.html", title='<b>"{{data}}"')
+    write_html(trace, tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert page.count("</script>") == page.count("<script") == 2
     assert "alert(1)</script" not in page
@@ -386,14 +462,24 @@ def test_html_is_one_page_in_which_text_stays_text(tmp_path):
     assert data[1]["total"] == [1, 0, 1]
 
 
-def test_the_command_line_draws_saved_traces(tmp_path, capsys):
-    two_phases().save(tmp_path / "t.json")
-    for kind in ("gif", "html"):
-        picture.main([kind, str(tmp_path / "t.json"), "-o", str(tmp_path / f"a.{kind}")])
-        assert (tmp_path / f"a.{kind}").stat().st_size > 1000
+def test_the_command_line_draws_saved_traces(tmp_path, capsys, monkeypatch):
+    """With the headline that was recorded, unless told otherwise, into a file that is named."""
+    trace = two_phases()
+    trace.title = "A title"
+    trace.save(tmp_path / "t.json")
+    monkeypatch.chdir(tmp_path)
+    for kind, write in (("gif", write_gif), ("html", write_html)):
+        picture.main([kind, "t.json"])
+        assert capsys.readouterr().err == f"decode written to decode_trace.{kind}\n"
+        write(trace, "expected")
+        picture.main([kind, "t.json", "-o", "other", "--title", "Another"])
+        assert capsys.readouterr().err == "decode written to other\n"
+        expected, drawn, other = (Path(name).read_bytes() for name in ("expected", f"decode_trace.{kind}", "other"))
+        assert drawn == expected != other
     picture.main(["show", str(tmp_path / "t.json")])
     assert "draft:\n the cat[-s-]\n\nrepaired:\n the cat {+sat.+}\n" in capsys.readouterr().out
-    done = subprocess.run([sys.executable, "-m", "plumbing.picture", "show", "no.json"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "plumbing.picture", "show", "no.json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "no.json" in done.stderr
 

@@ -1,23 +1,27 @@
 """sample.py on the command line: prompts in, texts out, and what it says when it cannot."""
 
+import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import save_checkpoint, save_encoder
+from conftest import HANGING, save_checkpoint, save_encoder
 from fleet import ALONE
 from PIL import Image
+from terminal import CTRL_C, CTRL_D, LEFT, UP, Terminal
 
 import data
 import editflow
 import sample
 import toy
-from plumbing import checkpoints
-from plumbing.tokenizer import train_tokenizer
+from plumbing import checkpoints, picture
+from plumbing.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(sample.__file__).parent
 PROMPT, OTHER = "Ann has 3 apples, gets 4:", "Ben has 9 apples, loses 2:"
@@ -152,6 +156,23 @@ def test_the_chat_template_wraps_prompts_unless_switched_off(saved, samples, mon
     assert seen[1:] == ["<|bos|>Hello", "<|bos|>"]
 
 
+def test_control_tokens_in_a_prompt_are_letters_unless_asked_for(saved, samples, monkeypatch, tmp_path):
+    seen, generate = [], sample.Sampler.generate
+
+    def watched(sampler, prompts, *args):
+        seen.append(prompts[0])
+        return generate(sampler, prompts, *args)
+
+    monkeypatch.setattr(sample.Sampler, "generate", watched)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"problem": "<|im_end|>", "answer": "no"}))
+    asked = ["--prompt_file", tmp_path / "a.jsonl", "--prompt_field", "problem"]
+    samples("chat", *asked)
+    samples("chat", *asked, "--raw_control_tokens")
+    tokenizer = load_tokenizer(saved["chat"])
+    assert [prompt.count(tokenizer.eos_id) for prompt in seen] == [1, 2]
+    assert len({tokenizer.decode(prompt, skip_special=False) for prompt in seen}) == 1
+
+
 # ---------------------------------------------------------------------------------------------------- traces
 
 
@@ -166,11 +187,39 @@ def test_a_gif_and_a_page_of_the_decode(name, samples, tmp_path):
     assert page.read_text(encoding="utf-8").startswith("<!")
 
 
+@pytest.mark.parametrize("name", ["editflow", "medlm"])
+def test_a_saved_trace_gives_the_pictures_that_would_have_been_drawn_at_once(name, samples, tmp_path, capsys):
+    files = {kind: tmp_path / f"decode.{kind}" for kind in ("gif", "html", "json")}
+    flags = ("--make_gif", files["gif"], "--make_html", files["html"], "--save_trace", files["json"])
+    samples(name, "--prompt", PROMPT, *flags)
+    said = capsys.readouterr().err.splitlines()
+    assert said[-4] == f"1 texts written to {tmp_path}/texts.jsonl"
+    assert said[-3:] == [f"decode written to {file}" for file in files.values()]
+    for kind in ("gif", "html"):
+        again = tmp_path / f"again.{kind}"
+        picture.main([kind, str(files["json"]), "-o", str(again)])
+        assert again.read_bytes() == files[kind].read_bytes()
+
+
 def test_make_gif_has_a_default_name(saved, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sample.main(["--model_name_or_path", str(saved["editflow"]), *STEPS, "--prompt", PROMPT, "--make_gif"])
-    assert "decode drawn in decode_trace.gif" in capsys.readouterr().err
+    assert "decode written to decode_trace.gif" in capsys.readouterr().err
     assert (tmp_path / "decode_trace.gif").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_watching_leaves_one_picture_and_the_text_on_the_screen(columns, saved, samples):
+    (record,) = samples("medlm", "--prompt", PROMPT)
+    terminal = Terminal(columns)
+    terminal.start(sample.main, ["--model_name_or_path", str(saved["medlm"]), *STEPS, "--prompt", PROMPT, "--show"])
+    assert terminal.end() == 0
+    assert re.fullmatch(r"draft and repaired  ━+  step \d+", terminal.lines()[0])
+    assert len(terminal.lines()[0]) == columns
+    assert terminal.text().count("step ") == 1
+    letters, response = ("".join(text.split()) for text in (terminal.text(), record["response"]))
+    assert letters.partition("note:")[0].endswith(response), "below the picture"
+    terminal.close()
 
 
 # ---------------------------------------------------------------------------------------------------- conversation
@@ -205,7 +254,7 @@ def user(text):
 
 
 def test_a_conversation_remembers_until_told_to_forget(conversation, prompts_seen):
-    out, err = conversation("chat", "Hello\nAnd you?\n/clear\nHello\n")
+    out, err = conversation("chat", "Hello\nAnd you?\n/reset\nHello\n")
     assert out.startswith("Chat.")
     assert err == ""
     first, second, third = prompts_seen
@@ -236,6 +285,88 @@ def test_a_prompt_that_is_too_long_does_not_end_the_conversation(name, conversat
     assert "64 positions" in err
     alone, _ = conversation(name, f"{PROMPT}\n")
     assert out.splitlines()[-2:] == alone.splitlines()[-2:], "the next line is answered, with the first seed"
+
+
+def test_what_a_conversation_understands(conversation, prompts_seen):
+    out, _ = conversation("chat", "Hello\n/help\n/clear\nHello\n")
+    assert prompts_seen == [[user("Hello")], [user("Hello")]], "/help is no message, /clear is /reset"
+    assert out.count(sample.HELP) == 2
+    for words in ("/reset", "/help", "Ctrl-C", "Ctrl-D"):
+        assert words in sample.HELP
+
+
+def hesitant():
+    """sample.py, whose answers to messages with the word "slowly" in them take minutes."""
+    generate = sample.Sampler.generate
+
+    def slow(sampler, prompts, seeds, drafts=None, on_step=None):
+        def wait(*step):
+            on_step(*step)
+            time.sleep(10 * HANGING * ("slowly" in sampler.tokenizer.decode(prompts[0])))
+
+        return generate(sampler, prompts, seeds, drafts, wait)
+
+    sample.Sampler.generate = slow
+    return sample.main()
+
+
+@pytest.fixture
+def chat(saved):
+    """A conversation in a terminal."""
+    terminal = Terminal(80, 40)
+    terminal.start(hesitant, ["--model_name_or_path", str(saved["chat"]), "--interactive", *STEPS])
+    terminal.see("\n>")
+    yield terminal
+    terminal.close()
+
+
+def asked(*messages):
+    """What is seen of messages of the user in the picture of a prompt."""
+    return [f"<|im_start|>user\n{message}<|im_end|>" for message in messages]
+
+
+def test_lines_of_a_conversation_are_edited_and_called_back(chat):
+    chat.type("Helo" + LEFT + "l\r")
+    chat.see("\n>", 2)
+    [hello] = asked("Hello")
+    assert chat.text().count(hello) == 1
+    chat.type(UP + "!\r")
+    chat.see("\n>", 3)
+    assert chat.text().count(hello) == 2, "the second picture has the first message, too"
+    assert asked("Hello!")[0] in chat.text()
+    assert chat.text().count("step 6") == 2, "one picture for each answer"
+
+
+def test_an_answer_is_stopped_and_the_conversation_goes_on(chat):
+    chat.type("Hello\r")
+    chat.see("\n>", 2)
+    chat.type("How slowly!\r")
+    chat.see("step 0")
+    chat.type(CTRL_C)
+    chat.see("(stopped")
+    chat.see("\n>", 3)
+    chat.type("half a line" + CTRL_C)
+    chat.see("(stopped", 2)
+    chat.see("\n>", 4)
+    chat.type("Next\r")
+    chat.see("\n>", 5)
+    last = chat.text().split("(stopped")[-1]
+    assert [question in last for question in asked("Hello", "How slowly!", "Next")] == [True, False, True]
+    chat.type(CTRL_D)
+    assert chat.end() == 0
+
+
+def test_a_long_paste_is_one_message_and_complete(chat, saved):
+    if "libedit" in (importlib.import_module("readline").__doc__ or ""):
+        pytest.skip("libedit takes every line of a paste for a message")
+    _, tokenizer = checkpoints.open_for_inference(saved["chat"], "cpu", False)
+    for text in ("How are you? " * 500, "\n".join(f"Line {n} of many." for n in range(2000))):
+        tokens = len(data.encode_prompt([user(text.strip())], tokenizer))
+        chat.paste(text)
+        chat.type("\r")
+        chat.see(f"error: a prompt of {tokens} tokens")
+    chat.see("\n>", 3)
+    assert chat.text().count("error:") == 2
 
 
 @pytest.mark.slow
@@ -293,6 +424,6 @@ def test_a_checkpoint_without_tokenizer(tmp_path, saved, refused):
 def test_files_that_cannot_be_written_are_found_before_the_model_is_read(tmp_path, refused, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(checkpoints, "load", lambda *a, **k: pytest.fail("the model was read first"))
-    for flag in ("--output", "--make_gif", "--make_html"):
+    for flag in ("--output", "--make_gif", "--make_html", "--save_trace"):
         path = tmp_path / "file/below"
-        assert f"{path}: cannot be written" in refused("editflow", flag, path)
+        assert f"{flag} {path}: cannot be written to" in refused("editflow", flag, path)
