@@ -5,6 +5,7 @@ build happens in a folder of its own and is moved into place in one step, so tha
 importing for the first time, cannot damage each other's.
 """
 
+import argparse
 import importlib
 import os
 import sysconfig
@@ -44,4 +45,5 @@ def load():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     build()

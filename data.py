@@ -222,6 +222,8 @@ def data_files(name: str, hub_files=None, config: str | None = None) -> list:
     path = Path(name)
     if path.exists():
         files = _inside(path)
+    elif matching := sorted(glob.glob(name, recursive=True)):
+        files = [file for match in matching for file in _inside(Path(match))]
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", name) or suffix(path) in READERS:
         raise ValueError(f"{name}: no such file or folder (nor a hub dataset owner/name, nor {', '.join(toy.SOURCES)})")
     else:
@@ -558,6 +560,8 @@ def encode(
     max_length: int,
     insert_eos: bool = True,
     recut: bool = True,
+    truncate: bool = False,
+    learn_prompts: bool = False,
     progress: bool = False,
 ) -> Dataset:
     """Normal records to a Dataset.
@@ -567,8 +571,9 @@ def encode(
     corpus    bos and exactly max_length - 1 tokens, cut anew every epoch; with `recut` False, as for validation, it is
               a text like any other
 
-    insert_eos ends every response, and the last piece of every text, with eos. Raises ValueError when a corpus is
-    shorter than one piece, and when the tokenizer has no bos or eos token.
+    insert_eos ends every response, and the last piece of every text, with eos. truncate: dialogues lose the end of
+    their responses, rather than being left out. learn_prompts: all of a dialogue but its first token is response.
+    Raises ValueError when a corpus is shorter than one piece, and when the tokenizer has no bos or eos token.
     """
 
     def tokenize(items: list, encode=tokenizer.encode_batch) -> list[list[int]]:
@@ -595,7 +600,13 @@ def encode(
         else:
             response, draft = response + eos, draft + eos
         example = Example(prompt, response, None if record["draft"] is None else draft, suffix)
-        length = len(example) + max(0, len(example.draft or []) - len(response))
+        room = max_length - len(prompt) - len(suffix)
+        if truncate and room > 0:
+            example = replace(example, response=response[:room], draft=example.draft and draft[:room])
+        length = len(example) + max(0, len(example.draft or []) - len(example.response))
+        if learn_prompts:
+            begun = None if example.draft is None else prompt[1:] + example.draft
+            example = Example(prompt[:1], prompt[1:] + example.response, begun, suffix)
         if length <= max_length:
             examples.append(example)
         else:

@@ -102,11 +102,17 @@ class Schedule(NamedTuple):
         return min(1.0, (self.at(t_next) - self.at(t)) / max(1 - self.at(t), 1e-12))
 
 
+PUBLISHED_SCHEDULES = {
+    "LinearKappaScheduler": "linear", "CosineKappaScheduler": "cosine", "CubicKappaScheduler": "cubic[a:1,b:1]"
+}  # fmt: skip
+
+
 @cache
 def parse_schedule(spec: str) -> Schedule:
     """linear | cosine | cubic (t^3, the paper's choice) | cubic[a:A,b:B], with kappa(0) = 0 and kappa(1) = 1:
     (a + 1) t^3 - (a + b + 1) t^2 + (b + 1) t. Raises ValueError for other names and where kappa would fall.
     """
+    spec = PUBLISHED_SCHEDULES.get(spec, spec)
     name, arguments = parse_spec(spec, {"linear": (), "cosine": (), "cubic": ("a", "b")}, "schedule")
     if name == "linear":
         return Schedule(lambda t: t, lambda t: torch.ones_like(t))
@@ -630,7 +636,7 @@ PUBLISHED = {"schedule": "linear", "x0_sampler": "masks[length:64]", "temperatur
 def model_flags(f) -> None:
     f.text("--x0_sampler", read=parse_source,
            help="start: empty, masks[length:64], uniform[length:100], draft (default: the checkpoint's, else empty)")
-    f.text("--schedule", read=parse_schedule,
+    f.text("--schedule", "--scheduler_cls", read=parse_schedule,
            help="kappa: linear, cosine, cubic, cubic[a:A,b:B] (default: the checkpoint's, else cubic)")
     f.flag("--time_conditioned", help="the heads of a new model know t")
     f.number("--prompt_dropout", low=0, below=1,

@@ -44,11 +44,14 @@ from math import gcd, log, sqrt
 from pathlib import Path
 from statistics import fmean
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py, and before torch
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+import parallel
 import toy
 from plumbing import checkpoints, cli, execution, methods
 from sample import draft_ids
@@ -522,6 +525,7 @@ def parse_args(argv=None):
              help="file, folder or hub dataset of a task; PATH alone where there is one task")
     f.choice("--data_dir", help="folder with the tasks' files, also as published (default: the hub)")
     f.choice("--output_dir", default="evaluation", help="rows, verdicts, summary; a run found here is continued")
+    f.group("which samples, and how")
     f.integer("--limit", low=1, help="only the first samples of each task")
     f.choice("--system_prompt", type=cli.text, help='instead of that of the task; "" for none')
     f.integer("--seed", low=0, default=42, help="of everything random")
@@ -567,6 +571,7 @@ def main(argv=None) -> None:
     checkpoints.lock(out / f".rank{rank}.lock")
     checkpoint = checkpoints.local_path(args.path)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    args.bf16 = parallel.bf16_if_possible(args.bf16, device)
     model, tokenizer = checkpoints.open_for_inference(checkpoint, device, args.bf16)
     if alone:
         found = likelihood(model, tokenizer, args, texts)

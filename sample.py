@@ -16,10 +16,13 @@ from contextlib import suppress
 from itertools import accumulate, combinations
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py, and before torch
+
 import torch
 from tqdm import tqdm
 
 import data
+import parallel
 from plumbing import checkpoints, cli, methods
 from plumbing.picture import Trace, show, write_gif, write_html
 
@@ -42,6 +45,7 @@ def parse_args(argv=None):
     f.integer("--num_samples", low=1, default=1, help="texts per prompt, with seeds seed, seed + 1, ...")
     f.integer("--batch_size", low=1, default=32, help="texts generated at once")
     f.integer("--seed", low=0, default=0, help="of the first text of each prompt")
+    f.group("output")
     f.choice("--output", default="-", help="a .jsonl file for the results (- prints them)")
     f.flag("--bf16", help="compute in bf16")
     f.flag("--show", help="watch the first text being written on the terminal")
@@ -76,7 +80,8 @@ class Sampler:
     """A checkpoint, and the settings with which it is asked."""
 
     def __init__(self, directory: Path, args, device: str):
-        self.model, self.tokenizer = checkpoints.open_for_inference(directory, device, args.bf16)
+        bf16 = parallel.bf16_if_possible(args.bf16, device)
+        self.model, self.tokenizer = checkpoints.open_for_inference(directory, device, bf16)
         self.method, self.args = methods.of(self.model), args
         self.tokenizer.configure(args.chat_template, args.raw_control_tokens)
         self.settings = methods.sampling_settings(self.method, args, self.model, self.tokenizer)

@@ -84,6 +84,18 @@ def shortened(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:80] + "...")
 
 
+class Help(argparse.HelpFormatter):
+    """Says what is required, and the defaults that are values of their own; the others are for the texts to explain."""
+
+    def _get_help_string(self, action) -> str:
+        default = action.default
+        if action.required:
+            return f"{action.help} (required)"
+        if default is None or default is False or default == []:
+            return action.help
+        return f"{action.help} (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+
+
 class Flags(argparse.ArgumentParser):
     """argparse with full flag names only, defaults in the help, and booleans as --flag, --flag True or --flag False.
 
@@ -91,15 +103,19 @@ class Flags(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        super().__init__(description=description, allow_abbrev=False, formatter_class=Help)
         self.register("type", None, name)
         self.section = self
 
     def error(self, message: str):
         """One line, exit status 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
+
+    def format_help(self) -> str:
+        needed = [action for action in self._actions if action.required]
+        needed = [f"{max(a.option_strings, key=len)} {a.metavar or '{' + ','.join(a.choices) + '}'}" for a in needed]
+        self.usage = " ".join(["%(prog)s", *needed, "[flags]"])
+        return super().format_help()
 
     def group(self, title: str) -> None:
         self.section = self.add_argument_group(title)
@@ -112,7 +128,7 @@ class Flags(argparse.ArgumentParser):
         self.section = section
 
     def choice(self, *names: str, **options) -> None:
-        self.section.add_argument(*names, **options)
+        self.section.add_argument(*names, **({} if "choices" in options else {"metavar": "NAME"}) | options)
 
     def flag(self, *names: str, default=False, words: tuple = (), **options) -> None:
         """True, False, or one of some words."""
@@ -121,14 +137,14 @@ class Flags(argparse.ArgumentParser):
         self.section.add_argument(*names, **options)
 
     def number(self, *names: str, low=None, high=None, above=None, below=None, **options) -> None:
-        self.section.add_argument(*names, type=number(float, low, high, above, below), **options)
+        self.section.add_argument(*names, type=number(float, low, high, above, below), metavar="X", **options)
 
     def integer(self, *names: str, low=None, high=None, **options) -> None:
-        self.section.add_argument(*names, type=number(int, low, high), **options)
+        self.section.add_argument(*names, type=number(int, low, high), metavar="N", **options)
 
     def text(self, *names: str, read=str, **options) -> None:
         """A text that the function `read` accepts without a ValueError."""
-        self.section.add_argument(*names, type=spec(read), **options)
+        self.section.add_argument(*names, type=spec(read), metavar="SPEC", **options)
 
 
 def run(main) -> None:

@@ -315,6 +315,7 @@ class Feed:
     def encode(self, records: list[dict], **options) -> data.Dataset:
         a = self.args
         options = {"max_length": a.max_length, "insert_eos": a.insert_eos} | options
+        options |= {"truncate": a.truncation == "right", "learn_prompts": not a.mask_prompt_loss}
         return data.encode(records, self.tokenizer, **options)
 
     def check(self, example: data.Example) -> None:

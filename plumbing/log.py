@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+import uuid
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,7 +15,7 @@ from plumbing.checkpoints import write_whole
 
 
 class Log:
-    """metrics.jsonl: one JSON object per logging step, means since the last one; tensorboard on request.
+    """metrics.jsonl: one JSON object per logging step, means since the last one; tensorboard or wandb on request.
 
     Steps whose loss or gradient is not finite are counted here too; too many in a row end the run.
     """
@@ -27,15 +28,10 @@ class Log:
         self.start = time.monotonic() - max((line.get("seconds", 0.0) for line in lines), default=0.0)
         evaluated = [line["step"] for line in lines if "eval_loss" in line]
         self.last_eval = ranks.all_reduce_max(max(evaluated, default=0))
-        self.board = None
-        if ranks.is_main and args.report_to == "tensorboard":
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("--report_to tensorboard: run `pip install tensorboard` first") from None
-            self.board = SummaryWriter(out / "tensorboard", purge_step=state["step"] + 1)
         self.reset()
-        stored = state.get("log", {"skipped": 0, "skipped_in_a_row": 0, "sums": [], "counts": []})
+        stored = {"skipped": 0, "skipped_in_a_row": 0, "sums": [], "counts": []} | state.get("log", {})
+        self.id = stored.get("id") or uuid.uuid4().hex[:8]
+        self.report = open_report(args, self.id, state["step"]) if ranks.is_main else None
         self.skipped, self.skipped_in_a_row = stored["skipped"], stored["skipped_in_a_row"]
         if len(stored["sums"]) == ranks.world:
             self.sums, self.counts = stored["sums"][ranks.rank], stored["counts"][ranks.rank]
@@ -51,7 +47,8 @@ class Log:
         sums = self.ranks.gather({name: float(total) for name, total in self.sums.items()})
         counts = self.ranks.gather(self.counts)
         return {
-            "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "sums": sums, "counts": counts
+            "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "sums": sums, "counts": counts,
+            "id": self.id,
         }  # fmt: skip
 
     def reset(self) -> None:
@@ -133,9 +130,29 @@ class Log:
                     f.write(json.dumps(record) + "\n")
             except OSError as e:
                 raise OSError(f"{self.file}: cannot be written to ({e.strerror or e})") from e
-            if self.board:
-                for name, value in record.items():
-                    self.board.add_scalar(name, value, record["step"])
+            self.report(record)
+
+
+def open_report(args, run_id: str, step: int):
+    """A function that takes a line of metrics.jsonl to where --report_to says. A run that goes on at `step` goes on
+    there, too. Raises ValueError."""
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(Path(args.output_dir, "tensorboard"), purge_step=step + 1)
+        return lambda record: [board.add_scalar(name, value, record["step"]) for name, value in record.items()]
+    if args.report_to == "wandb":
+        import wandb
+
+        try:
+            run = wandb.init(
+                project="nanoEdit", name=Path(args.output_dir).name, dir=args.output_dir, config=vars(args), id=run_id,
+                resume="allow",
+            )  # fmt: skip
+        except wandb.Error as e:
+            raise ValueError(f"--report_to wandb: {e}") from None
+        return lambda record: run.log(record, step=record["step"])
+    return lambda record: None
 
 
 def trim_metrics(file: Path, step: int) -> list[dict]:
