@@ -225,6 +225,8 @@ def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: 
     def find(name: str) -> Lazy | None:
         return next((have[spelling] for spelling in spellings(name, kind) if spelling in have), None)
 
+    if source := find(embedding):
+        source.check(*parameters[embedding].shape)  # before new heads of these sizes are made
     may_be_tied = config.tie_word_embeddings or not any(name.startswith("model.") for name in have)
     transform = [name for name in parameters if name.startswith(("model.transform.", "model.head."))]
     if transform and not any(map(find, transform)):  # an encoder saved without its prediction transform
@@ -269,9 +271,9 @@ def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: 
 
 def skeleton(config, to: str) -> tuple[nn.Module, tuple[str, ...]]:
     """The target, without memory for its weights, and the names of its vocabulary heads."""
+    if to in methods.METHODS:
+        return checkpoints.build(config, "meta"), methods.get(to).HEADS
     with torch.device("meta"):
-        if to in methods.METHODS:
-            return checkpoints.build(config), methods.get(to).HEADS
         lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.vocab_bias)
         return nn.ModuleDict({"model": models.backbone(config), "lm_head": lm_head}), ("lm_head",)
 
@@ -366,7 +368,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise OSError(f"--output_dir {output}: not empty; choose another folder, or pass --overwrite")
     if (output / checkpoints.STATE).is_file():
         raise OSError(f"--output_dir {output}: holds a checkpoint of a run; choose another folder")
-    checkpoints.check_writable(output if output.exists() else output.parent, output)
+    checkpoints.check_writable((output if output.exists() else output.parent) / ".writable", f"--output_dir {output}")
 
 
 def publish(written: Path, output: Path) -> None:
@@ -396,7 +398,8 @@ def convert(args) -> None:
         config.other = {field: value for field, value in config.other.items() if field.endswith("_token_id")}
     method = methods.METHODS.get(args.to)
     if method:
-        config.nanoedit = {"method": args.to} | method.remember(args, config.nanoedit)
+        remembered = config.nanoedit or methods.published(args.to)
+        config.nanoedit = {"method": args.to} | method.remember(args, remembered)
     have = checkpoints.find_tensors(directory, FORMATS, fetch)
 
     tokenizer, rows = open_tokenizer(directory, config.model_type), config.vocab_size

@@ -31,7 +31,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import huggingface_hub
@@ -91,7 +91,24 @@ def read_file(path) -> Iterator[tuple[str, dict | ValueError]]:
     except Exception as error:  # those of gzip, zlib, csv, json and pyarrow have little in common
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
             raise
-        raise ValueError(f"{path}{place}: cannot be read {'from here on ' if place else ''}({error})") from error
+        reason = str(error) or type(error).__name__  # a MemoryError is silent
+        raise ValueError(f"{path}{place}: cannot be read {'from here on ' if place else ''}({reason})") from error
+
+
+def lines(file) -> Iterator[bytes]:
+    """The lines of an open file. Raises ValueError for one that is too long to be one, as a packed file may hide it."""
+    while line := file.readline(LONGEST_LINE):
+        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            raise ValueError(f"a line of more than {LONGEST_LINE >> 20} MB")
+        yield line
+
+
+def read_whole(file) -> bytes:
+    """For the formats that cannot be read bit by bit. Raises ValueError where it unpacks to too much."""
+    parts = list(islice(iter(partial(file.read, 1 << 20), b""), LARGEST_FILE + 1))
+    if len(parts) > LARGEST_FILE:
+        raise ValueError(f"more than {LARGEST_FILE} MB in one piece; use .jsonl")
+    return b"".join(parts)
 
 
 def suffix(path) -> str:
@@ -154,7 +171,7 @@ def _numbered(items: Iterable, before: str) -> Iterator[tuple[str, object]]:
 
 def _read_json(file):
     """A list of records, or an object of which one value is a list."""
-    value = parse_json(check_utf8(decode(file.read())))
+    value = parse_json(check_utf8(decode(read_whole(file))))
     values = value.values() if isinstance(value, dict) else [value]
     lists = [item for item in values if isinstance(item, list)]
     if len(lists) != 1:
@@ -164,8 +181,8 @@ def _read_json(file):
 
 def _read_csv(file):
     """The first line names the fields."""
-    csv.field_size_limit(2**31 - 1)  # the default refuses documents of more than 128 kB
-    rows = csv.DictReader(map(decode, file), strict=True)
+    csv.field_size_limit(LONGEST_LINE)  # the default refuses documents of more than 128 kB
+    rows = csv.DictReader(map(decode, lines(file)), strict=True)
     return ((f":{rows.line_num}", row) for row in rows)
 
 
@@ -175,16 +192,18 @@ def _read_parquet(file):
     except ImportError:
         raise ValueError("parquet needs pyarrow: pip install pyarrow") from None
     # a packed file is unpacked once, not again wherever a column begins
-    table = parquet.ParquetFile(io.BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file)
+    table = parquet.ParquetFile(io.BytesIO(read_whole(file)) if isinstance(file, gzip.GzipFile) else file)
     batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=256))
     return _numbered(chain.from_iterable(batches), ": record ")
 
 
+LONGEST_LINE = 1 << 26  # bytes
+LARGEST_FILE = 1 << 12  # MB, of what is read in one piece
 STRETCH = 1 << 14  # characters of a .txt file that make a record
 LINES = {".txt": parse_txt, ".jsonl": parse_jsonl}
 READERS = {
-    ".txt": lambda file: parse_txt(_numbered(file, ":")),
-    ".jsonl": lambda file: parse_jsonl(_numbered(file, ":")),
+    ".txt": lambda file: parse_txt(_numbered(lines(file), ":")),
+    ".jsonl": lambda file: parse_jsonl(_numbered(lines(file), ":")),
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,

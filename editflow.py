@@ -624,6 +624,7 @@ TITLE = "Edit Flows"
 HEADS = ("sub_logits", "ins_logits")
 TOKENS = ()
 PACKED = False
+PUBLISHED = {"schedule": "linear", "x0_sampler": "masks[length:64]", "temperature": 0.0}
 
 
 def model_flags(f) -> None:

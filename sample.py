@@ -64,8 +64,8 @@ def parse_args(argv=None):
         f.error("--draft is where to start; leave out --mask_length and --x0_sampler")
     if args.draft is None and (args.x0_sampler == "draft" or args.freeze):
         f.error(f"{'--freeze' if args.freeze else '--x0_sampler draft'} is about a text: give it with --draft")
-    files = {"--prompt_file": args.prompt_file} | args.files
-    given = [(flag, os.path.realpath(file)) for flag, file in files.items() if file]
+    files = args.files | ({"--prompt_file": args.prompt_file} if args.prompt_file else {})
+    given = [(flag, os.path.realpath(file)) for flag, file in files.items()]
     for (flag, file), (other, same) in combinations(given, 2):
         if file == same:
             f.error(f"{flag} and {other} name the same file")
@@ -118,7 +118,8 @@ def frozen_tokens(tokenizer, draft: list[int], parts: list[str]) -> list[bool]:
 
 def main(argv=None):
     args = parse_args(argv)
-    check_writable(*args.files.values())
+    for flag, file in args.files.items():  # now rather than after the work is done
+        checkpoints.check_writable(Path(file), f"{flag} {file}")
     named = data.named_fields(args)
     conversations = [[{"role": "user", "content": p}] for p in args.prompt or []] or [[]]
     if args.prompt_file:
@@ -170,20 +171,6 @@ def main(argv=None):
     for file, write in wanted.items():
         write(trace, file)
         print(f"decode written to {file}", file=sys.stderr)
-
-
-def check_writable(*files) -> None:
-    """Raises OSError now rather than after the work is done."""
-    for file in map(Path, files):
-        try:
-            is_new = not file.exists()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(file, "a", encoding="utf-8"):
-                pass
-            if is_new:
-                file.unlink()
-        except OSError as e:
-            raise OSError(f"{file}: cannot be written ({e.strerror or e}); choose another path") from None
 
 
 def write_result(out, messages, generated, seed: int, tokenizer, count: int) -> None:

@@ -93,7 +93,7 @@ def parse_args(argv=None):
     f.number("--eval_steps", above=0, default=0.1, help="steps between evaluations; below 1: a share of the run")
     f.integer("--eval_samples", low=0, default=2, help="texts decoded and shown at each evaluation")
     f.number("--save_steps", above=0, default=0.25, help="steps between checkpoints; below 1: a share of the run")
-    f.integer("--save_total_limit", low=1, default=2, help="checkpoints kept")
+    f.integer("--save_total_limit", low=1, help="checkpoints kept (default: all)")
     f.choice("--report_to", choices=["none", "tensorboard"], default="none", help="besides metrics.jsonl")
     for name in ("--do_train", "--save_safetensors", "--remove_unused_columns"):
         f.flag(name, default=None, help="accepted so that published commands run; changes nothing here")
@@ -143,6 +143,7 @@ def open_run(args, ranks: Ranks) -> SimpleNamespace | None:
     if args.compile:
         for layer in model.model.layers:
             layer.compile(dynamic=True)
+    ranks.barrier()  # one may have fetched the model or the data much longer than another
     parallel_model = ParallelModel(model, args.parallel, ranks, args.reshard_after_forward)
     optimizer = parallel.adamw(model, lr=args.learning_rate, beta2=args.adam_beta2, weight_decay=args.weight_decay)
     if resume:
@@ -152,7 +153,7 @@ def open_run(args, ranks: Ranks) -> SimpleNamespace | None:
     return SimpleNamespace(
         args=args, ranks=ranks, out=out, method=method, settings=settings, tokenizer=tokenizer, feed=batches,
         model=parallel_model, optimizer=optimizer, autocast=bf16_autocast(args.bf16, model, ranks),
-        log=Log(out, state, steps, args, ranks), stop=StopSignal(ranks, feed.stop_requested.set),
+        log=Log(out, state, steps, args, ranks), stop=StopSignal(ranks),
         first_step=state["step"], steps=steps, eval_every=eval_every, save_every=save_every,
         position=batches.position(),  # of the feed, where the next step begins
     )  # fmt: skip
@@ -162,7 +163,7 @@ def open_model(args, resume: Path | None, sample):
     """(model, tokenizer): continued, converted, or new. sample: gives the records that a tokenizer is trained on."""
     source = resume or args.model_name_or_path
     if source:
-        directory = checkpoints.local_path(str(source))
+        directory = resume or checkpoints.local_path(source)
         if args.overwrite_output_dir and directory.resolve().is_relative_to(Path(args.output_dir).resolve()):
             raise ValueError(f"--overwrite_output_dir would delete {directory}, from which this run is to start")
         model, tokenizer = checkpoints.open_for_training(args, directory, resume), load_tokenizer(directory)

@@ -2,8 +2,11 @@
 
 import argparse
 import contextlib
+import faulthandler
 import math
 import operator
+import os
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -129,9 +132,17 @@ class Flags(argparse.ArgumentParser):
 
 
 def run(main) -> None:
-    """Call main(); what the user can mend becomes one line on stderr and exit status 1, Ctrl-C exit status 130."""
+    """Call main(); what the user can mend becomes one line on stderr and exit status 1, Ctrl-C exit status 130. SIGUSR1
+    shows where the process stands."""
+    faulthandler.register(signal.SIGUSR1, file=2)
     try:
-        status = main()
+        try:
+            status = main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: nobody reads on. Python must not try again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 128 + signal.SIGPIPE  # as the shell has it
     except (ValueError, OSError, MemoryError) as e:
         name = sys.argv[0].rsplit("/", 1)[-1]
         print(f"{name}: error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)

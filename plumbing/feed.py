@@ -22,10 +22,12 @@ out. That is all a checkpoint needs. An epoch is one of a shard: it reads none o
 them all, and may be a little ahead of the others.
 """
 
+import hashlib
 import io
+import json
 import math
 import os
-import threading
+import time
 from collections.abc import Iterator
 from itertools import chain, count, islice, takewhile
 from pathlib import Path
@@ -38,15 +40,13 @@ from huggingface_hub.utils import build_hf_headers
 
 import data
 import toy
+from parallel import StopSignal
 
 SHARDS = 16
 PIECE = 1 << 20  # bytes, at most; small corpora are cut finer
 BUFFER_RECORDS, BUFFER_CHARACTERS = 1000, 1 << 20
-LONGEST_LINE = 1 << 26  # bytes
 EMPTY_EPOCHS = 5  # in a row in which a shard may come out empty, as happens with few and long records
 WAITS = (0, 0.5, 1, 2, 4, 8)  # seconds before each attempt to read a remote file
-
-stop_requested = threading.Event()  # set when the run is to stop: nobody waits for a remote file any more
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -61,12 +61,15 @@ def fetch(url: str, start: int, end: int) -> tuple[bytes, int]:
     if url.startswith(f"{constants.ENDPOINT}/"):
         headers |= build_hf_headers()  # the token; where the hub points to another server, the client drops it
     for wait in WAITS:
-        if stop_requested.wait(wait):
+        again = time.monotonic() + wait
+        while time.monotonic() < again and not StopSignal.requested:
+            time.sleep(0.05)
+        if StopSignal.requested:
             raise OSError(f"{url}: interrupted")
         try:
             with get_session().stream("GET", url, headers=headers, timeout=5) as answer:
                 parts = answer.iter_raw() if answer.status_code == 206 else ()
-                body = b"".join(takewhile(lambda _: not stop_requested.is_set(), parts))
+                body = b"".join(takewhile(lambda _: not StopSignal.requested, parts))
         except Exception as e:  # the client raises a dozen unrelated classes
             reason = f"{type(e).__name__}: {e}"
             continue
@@ -144,12 +147,15 @@ def read_lines(file, start: int, end: int | None) -> Iterator[tuple[str, bytes]]
         at = start
         if start:
             f.seek(start - 1)
-            at = start - 1 + len(f.readline(LONGEST_LINE))
-        while (end is None or at < end) and (line := f.readline(LONGEST_LINE)):
-            if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-                raise ValueError(f"{file}: byte {at}: a line of more than {LONGEST_LINE >> 20} MB")
-            yield f"{file}: byte {at}", line
-            at += len(line)
+            at = start - 1 + len(f.readline(data.LONGEST_LINE))
+        try:
+            for line in data.lines(f):
+                if end is not None and at >= end:
+                    return
+                yield f"{file}: byte {at}", line
+                at += len(line)
+        except ValueError as error:
+            raise ValueError(f"{file}: byte {at}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- the corpus
@@ -274,14 +280,19 @@ class Feed:
     """What both kinds of feed share: from normal records to micro-batches, as the flags and the method ask.
 
     method: a module; of it are used PACKED (micro-batches are packed rows of max_length tokens, or single examples) and
-    check_example(example, settings), if it has one. group: micro-batches in a step, of all processes together.
+    check_example(example, settings), if it has one. records: by which a run that goes on sees that its data are others.
+    group: micro-batches in a step, of all processes together.
     """
 
-    def __init__(self, args, method, settings, tokenizer, ranks):
+    def __init__(self, args, method, settings, tokenizer, records, ranks):
         if args.pad_len and tokenizer.pad_id is None:
             raise ValueError("--pad_len: the tokenizer has no pad token; leave --pad_len out")
         self.args, self.method, self.settings, self.tokenizer, self.ranks = args, method, settings, tokenizer, ranks
         self.group, self.positions = args.gradient_accumulation_steps * ranks.world, {}
+        digest = hashlib.sha256()
+        for record in records:
+            digest.update(json.dumps(record).encode())
+        self.digest = digest.hexdigest()
 
     def take(self) -> list[list]:
         """This process's micro-batches of the next step. Raises OSError or ValueError when data cannot be had."""
@@ -291,8 +302,15 @@ class Feed:
         """Of this process, before the next step; of what is in memory, the step says it all."""
         return dict(self.positions)
 
-    def gather(self, position: dict) -> dict | None:
+    def begin(self, step: int, stored: dict | None) -> None:
+        """Sets this process's micro-batches from this step on, and says where the data have changed."""
+        if (stored or {}).get("digest", self.digest) != self.digest:
+            spec = f"--dataset_args {self.args.dataset_args}"
+            self.ranks.say(f"{spec}: not the records that the checkpoint was made with; going on with the new ones")
+
+    def gather(self, position: dict) -> dict:
         """The positions of all processes, for a checkpoint. All must call."""
+        return {"digest": self.digest}
 
     def encode(self, records: list[dict], **options) -> data.Dataset:
         a = self.args
@@ -328,7 +346,7 @@ class MemoryFeed(Feed):
     """Training and validation examples (`eval`) in memory."""
 
     def __init__(self, args, method, settings, tokenizer, train_records, eval_records, ranks):
-        super().__init__(args, method, settings, tokenizer, ranks)
+        super().__init__(args, method, settings, tokenizer, train_records + eval_records, ranks)
         self.train = self.encode(train_records, progress=ranks.is_main)
         held_out = self.encode(eval_records, recut=False)
         self.eval = self.pad(held_out.examples)
@@ -352,6 +370,7 @@ class MemoryFeed(Feed):
         return self.batches(self.rows(epoch), self.args.seed, epoch)
 
     def begin(self, step: int, stored: dict | None) -> None:
+        super().begin(step, stored)
         everything, first = chain.from_iterable(map(self.epoch, count())), step * self.group + self.ranks.rank
         self.micro_batches = islice(everything, first, None, self.ranks.world)
 
@@ -362,14 +381,14 @@ class StreamedFeed(Feed):
     steps_per_epoch = math.inf
 
     def __init__(self, args, method, settings, tokenizer, corpus: Corpus, ranks):
-        super().__init__(args, method, settings, tokenizer, ranks)
-        self.corpus = corpus
+        self.corpus, self.sample = corpus, corpus.sample(1 << 20)
+        super().__init__(args, method, settings, tokenizer, corpus.held_out + self.sample, ranks)
         self.eval = self.pad(self.examples(corpus.held_out, "the last held-out record"))
         ranks.say(f"{corpus.total / 1e6:.1f} MB in {len(corpus.files)} files, streamed; {len(self.eval)} held out")
 
     def rows(self) -> list:
         """Some of the examples, from all over the corpus."""
-        return self.examples(self.corpus.sample(1 << 20), "the last of a sample")
+        return self.examples(self.sample, "the last of a sample")
 
     def examples(self, records: list[dict], place: str) -> list:
         """Those that can be trained on. place: of the last record, for error messages."""
@@ -418,6 +437,7 @@ class StreamedFeed(Feed):
             record = 0
 
     def begin(self, step: int, stored: dict | None) -> None:
+        super().begin(step, stored)
         corpus, rank, world = self.corpus, self.ranks.rank, self.ranks.world
         corpus.bad = corpus.too_long = 0  # samples and held-out records have been counted until here
         self.count, positions = corpus.shards(world), {}
@@ -446,7 +466,8 @@ class StreamedFeed(Feed):
         if bad or too_long:
             self.ranks.say(f"left out of this run so far: {bad} broken records, {too_long} longer than --max_length")
         positions = {n: at for part in self.ranks.gather(position) for n, at in part.items()}
-        return {"lanes": self.count, "positions": positions, "files": self.corpus.fingerprint()}
+        files = self.corpus.fingerprint()
+        return super().gather(position) | {"lanes": self.count, "positions": positions, "files": files}
 
 
 def open_data(args, ranks):

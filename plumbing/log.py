@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from parallel import Ranks
-from plumbing.checkpoints import trim_metrics
+from plumbing.checkpoints import write_whole
 
 
 class Log:
@@ -136,3 +136,17 @@ class Log:
             if self.board:
                 for name, value in record.items():
                     self.board.add_scalar(name, value, record["step"])
+
+
+def trim_metrics(file: Path, step: int) -> list[dict]:
+    """Drops lines that an interrupted run logged after its last checkpoint: they will be logged again. Returns the
+    others."""
+    if not file.exists():
+        return []
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line for line in lines if line["step"] <= step]
+    except (ValueError, LookupError, TypeError, RecursionError) as e:
+        raise ValueError(f"{file}: not the metrics of a run ({e}); move it away to go on without") from None
+    write_whole(file, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept

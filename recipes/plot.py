@@ -71,5 +71,6 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:
         plot_losses(args.runs, args.output)
+        print(f"losses drawn in {args.output}")
     except (OSError, ValueError) as error:
         sys.exit(f"plot.py: error: {error}")

@@ -21,7 +21,7 @@ FLAGS = {
     "editflow": "--method editflow --x0_sampler masks[length:8] --schedule linear --time_conditioned "
     "--per_device_train_batch_size 8",
     "medlm": "--method medlm --pad_len 8 --per_device_train_batch_size 2 --intermediate_ratio 0.5 "
-    "--max_diffusion_steps 3 --min_t 0.1",
+    "--max_diffusion_steps 3 --min_t 0.1 --loss_norm samples",
 }
 
 
