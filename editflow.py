@@ -202,7 +202,7 @@ class Model(nn.Module):
         super().__init__()
         stored = stored or {}
         if stored.get("time_conditioned"):
-            raise ValueError("this checkpoint was trained with t at the input, which is not read any more; train anew")
+            raise ValueError("a checkpoint with t at its input is not read any more; `convert.py --to editflow` leaves t out")
         self.model = backbone
         self.rate_heads = nn.Sequential(nn.Linear(D, 3), nn.Softplus())  # lambda of SUBSTITUTE, DELETE, INSERT
         self.sub_logits = nn.Linear(D, V, bias=bias)  # what a substituted token becomes
@@ -299,7 +299,7 @@ def path(
         z0, z1, columns = map(torch.from_numpy, align_batch(parts0, parts1))
     part = torch.arange(len(parts0)).repeat_interleave(columns)  # 3 b + 0, 1, 2: prompt, response, suffix of text b
     batch, t = part // 3, t.double()
-    chance = torch.rand(len(z0), generator=generator, dtype=torch.float64)
+    chance = torch.rand(len(z0), generator=generator).double()
     if propagation:
         flipped = spread(schedule.inverse(chance), part, propagation, generator) <= t[batch]
     else:
@@ -684,7 +684,7 @@ def start(model, settings, examples: list, resumed: bool) -> None:
     """Takes token frequencies from the examples where x0 is drawn from them, and checks that all of x_t will fit."""
     kind, length = parse_source(settings.x0_sampler)
     if settings.clock and not model.has_clock:
-        raise ValueError("--time_conditioned is for new models; this one was made without it")
+        raise ValueError("--time_conditioned is for new models, and for `convert.py`; this one was made without it")
     if kind == "uniform" and not (resumed and hasattr(model, "unigram")):
         tokens = torch.tensor([token for e in examples for token in e.response])
         counts = torch.bincount(tokens, minlength=model.sub_logits.out_features).float()

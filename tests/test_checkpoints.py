@@ -68,13 +68,16 @@ def test_save_and_load_return_every_bit(method, kind, tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_time_embedding_and_unigram_frequencies_are_part_of_a_checkpoint(tmp_path):
-    model = small(time_conditioned=True, x0_sampler="uniform[length:5]")
+def test_the_clock_and_unigram_frequencies_are_part_of_a_checkpoint(tmp_path):
+    model = small(clock=True, x0_sampler="uniform[length:5]")
     model.unigram.copy_(torch.arange(V) / sum(range(V)))
+    torch.nn.init.normal_(model.clock.weight)
     checkpoints.save(model, tmp_path)
     back = checkpoints.load(tmp_path)
     assert torch.equal(back.unigram, model.unigram)
-    assert torch.equal(back(batch(4), torch.tensor([0.5])), model(batch(4), torch.tensor([0.5])))
+    s = torch.tensor([0.1, 0.5, 0.9, 1.0])
+    rates, expected = (m.log_rates(m.at(m(batch(4)), s), s) for m in (back, model))
+    assert torch.equal(rates, expected)
 
 
 @pytest.mark.parametrize("method", methods.METHODS)

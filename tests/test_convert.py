@@ -489,11 +489,13 @@ def test_settings_dtype_and_seed(tmp_path):
     out = run(tmp_path / "in", tmp_path / "a", "editflow", *flags)
     assert {t.dtype for t in all_tensors(out).values()} == {torch.bfloat16}
     model = checkpoints.load(out)
-    settings = {"method": "editflow", "schedule": "linear", "x0_sampler": "uniform[length:9]", "time_conditioned": True}
+    settings = {"method": "editflow", "schedule": "linear", "x0_sampler": "uniform[length:9]", "clock": True}
+    settings |= {"prompt_dropout": 0.0}
     assert model.config.nanoedit == settings
     assert model.unigram.std() == 0
-    assert torch.equal(model(BATCH, torch.zeros(4)), model(BATCH, torch.ones(4)))  # t adds exactly nothing yet
-    assert model.rate_heads(model(BATCH, torch.zeros(len(BATCH)))).mean() < 0.3
+    hidden, s = model(BATCH), torch.full((len(BATCH.ids),), 0.3)
+    assert torch.equal(model.at(hidden, s), hidden)  # the clock changes no token yet
+    assert model.log_rates(hidden, s).exp().mean() < 0.3
     same = all_tensors(run(tmp_path / "in", tmp_path / "b", "editflow", *flags))
     other = all_tensors(run(tmp_path / "in", tmp_path / "c", "editflow", *flags, "--seed", 1))
     assert all(torch.equal(t, same[name]) for name, t in all_tensors(out).items())

@@ -165,7 +165,7 @@ def test_continued_training_from_a_checkpoint_keeps_its_settings(tmp_path):
     settings = checkpoints.load(second).config.nanoedit
     assert settings["schedule"] == "linear"
     assert settings["x0_sampler"] == "masks[length:5]"
-    assert settings["time_conditioned"] is True
+    assert settings["clock"] is True
 
 
 def test_copy_head_starts_the_second_head_as_the_first(tmp_path, monkeypatch):
