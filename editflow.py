@@ -202,7 +202,7 @@ class Model(nn.Module):
         super().__init__()
         stored = stored or {}
         if stored.get("time_conditioned"):
-            raise ValueError("checkpoints with t at the input are not read any more; `convert.py --to editflow` drops it")
+            raise ValueError("checkpoints with t at the input are not read any more; convert.py --to editflow drops it")
         self.model = backbone
         self.rate_heads = nn.Sequential(nn.Linear(D, 3), nn.Softplus())  # lambda of SUBSTITUTE, DELETE, INSERT
         self.sub_logits = nn.Linear(D, V, bias=bias)  # what a substituted token becomes

@@ -183,7 +183,6 @@ class ParallelModel:
     def __init__(self, model: nn.Module, mode: str, ranks: Ranks, reshard_after_forward: bool = True):
         self.plain, self.ranks, self.callee = model, ranks, Callee(model)
         self.is_sharded = mode != "ddp" and ranks.world > 1
-        self.has_dropout = any(isinstance(m, nn.Dropout) or getattr(m, "dropout", 0) for m in model.modules())
         if self.is_sharded:  # FSDP2, in place: one group per block, and one for what is left (embedding, norms, heads)
             for block in model.model.layers:
                 fully_shard(block, reshard_after_forward=reshard_after_forward and mode == "fsdp")
@@ -202,16 +201,6 @@ class ParallelModel:
 
     def __call__(self, function, *args, **kwargs):
         return self.callee(function, *args, **kwargs)
-
-    @contextlib.contextmanager
-    def inference(self):
-        """No gradients and no dropout inside."""
-        if self.has_dropout:
-            self.callee.eval()
-        with torch.no_grad():
-            yield
-        if self.has_dropout:
-            self.callee.train()
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool):

@@ -49,8 +49,7 @@ def parse_args(argv=None):
              help="checkpoint directory or hub id to start from; without it: a new model")
     f.text("--preset", read=checkpoints.preset_sizes, default="tiny",
            help=f"size of a new model: {', '.join(models.PRESETS)}")
-    f.integer("--vocab_size", low=300, high=MOST_TOKENS, default=4096,
-              help="size of the tokenizer trained for a new model")
+    f.integer("--vocab_size", low=300, high=MOST_TOKENS, default=4096, help="of the tokenizer trained for a new model")
     f.choice("--parallel", choices=parallel.MODES, default="ddp",
              help="several processes: everything on each (ddp), or weights and optimizer shared (fsdp); zero1 is fsdp "
              "with --reshard_after_forward False")
@@ -81,16 +80,13 @@ def parse_args(argv=None):
     f.integer("--pad_len", low=1, help="pad responses to a multiple of this (default: no padding)")
 
     f.group("optimization")
-    f.number("--num_train_epochs", above=0, high=1e6, default=1.0,
-             help="passes over the data, unless max_steps is given")
+    f.number("--num_train_epochs", above=0, high=1e6, default=1.0, help="passes over the data, without max_steps")
     f.integer("--max_steps", low=1, help="optimizer steps (default: those of num_train_epochs)")
-    f.integer("--per_device_train_batch_size", low=1, default=32,
-              help="sequences (packed rows for medlm) per process")
+    f.integer("--per_device_train_batch_size", low=1, default=32, help="sequences per process (medlm: packed rows)")
     f.integer("--per_device_eval_batch_size", low=1, default=32, help="the same for evaluation")
     f.integer("--gradient_accumulation_steps", low=1, default=1, help="micro-batches per optimizer step")
     f.number("--learning_rate", above=0, default=1e-4, help="peak learning rate")
-    f.choice("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="cosine",
-             help="after the warm-up")
+    f.choice("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="cosine", help="after warm-up")
     f.integer("--warmup_steps", low=0, default=0, help="linear warm-up")
     f.number("--warmup_ratio", low=0, high=1, default=0.0, help="the same as a share of all steps")
     f.number("--weight_decay", low=0, default=0.0, help="AdamW, on matrices only")
@@ -264,7 +260,7 @@ def stopped(run, step: int) -> int:
 def evaluate_when_due(run, step: int) -> None:
     due = step and (step % run.eval_every == 0 or step == run.steps) and run.args.eval_strategy != "no"
     if due and run.feed.eval and run.log.last_eval < step:
-        with run.log.paused(), run.autocast, run.model.inference():
+        with run.log.paused(), run.autocast, torch.no_grad():
             run.log.write_eval(step, evaluate(run))
             run.stop.check()
             show_samples(run)
@@ -327,7 +323,7 @@ def train(args, ranks: Ranks) -> int:
                 if m:
                     stop.check()
                 rng, shared_rng = generators(args.seed, step, m * ranks.world + ranks.rank)
-                with run.autocast, model.inference():
+                with run.autocast, torch.no_grad():
                     batch = model(method.prepare, examples, run.settings, step / run.steps, rng, shared_rng)
                 with model.micro_batch(last=m == len(batches) - 1):
                     with run.autocast:

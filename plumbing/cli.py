@@ -84,18 +84,6 @@ def shortened(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:80] + "...")
 
 
-class Help(argparse.HelpFormatter):
-    """Says what is required, and the defaults that are values of their own; the others are for the texts to explain."""
-
-    def _get_help_string(self, action) -> str:
-        default = action.default
-        if action.required:
-            return f"{action.help} (required)"
-        if default is None or default is False or default == []:
-            return action.help
-        return f"{action.help} (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
-
-
 class Flags(argparse.ArgumentParser):
     """argparse with full flag names only, defaults in the help, and booleans as --flag, --flag True or --flag False.
 
@@ -103,7 +91,7 @@ class Flags(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=Help)
+        super().__init__(description=description, allow_abbrev=False)
         self.register("type", None, name)
         self.section = self
 
@@ -127,24 +115,32 @@ class Flags(argparse.ArgumentParser):
         yield
         self.section = section
 
-    def choice(self, *names: str, **options) -> None:
-        self.section.add_argument(*names, **({} if "choices" in options else {"metavar": "NAME"}) | options)
+    def choice(self, *names: str, metavar: str | None = None, **options) -> None:
+        default = options.get("default")
+        if options.get("required"):
+            options["help"] += " (required)"
+        elif default is not None and default is not False and default != []:
+            default = " ".join(map(str, default)) if isinstance(default, list) else default
+            options["help"] = options["help"].partition(" (default:")[0] + f" (default: {default})"
+        if metavar or "choices" not in options:
+            options["metavar"] = metavar or "NAME"
+        self.section.add_argument(*names, **options)
 
     def flag(self, *names: str, default=False, words: tuple = (), **options) -> None:
         """True, False, or one of some words."""
         options |= {"type": lambda text: text if text in words else boolean(text)}
         options |= {"nargs": "?", "const": True, "default": default, "metavar": "BOOL"}
-        self.section.add_argument(*names, **options)
+        self.choice(*names, **options)
 
     def number(self, *names: str, low=None, high=None, above=None, below=None, **options) -> None:
-        self.section.add_argument(*names, type=number(float, low, high, above, below), metavar="X", **options)
+        self.choice(*names, type=number(float, low, high, above, below), metavar="X", **options)
 
     def integer(self, *names: str, low=None, high=None, **options) -> None:
-        self.section.add_argument(*names, type=number(int, low, high), metavar="N", **options)
+        self.choice(*names, type=number(int, low, high), metavar="N", **options)
 
     def text(self, *names: str, read=str, **options) -> None:
         """A text that the function `read` accepts without a ValueError."""
-        self.section.add_argument(*names, type=spec(read), metavar="SPEC", **options)
+        self.choice(*names, type=spec(read), metavar="SPEC", **options)
 
 
 def run(main) -> None:

@@ -31,7 +31,7 @@ class Log:
         self.reset()
         stored = {"skipped": 0, "skipped_in_a_row": 0, "sums": [], "counts": []} | state.get("log", {})
         self.id = stored.get("id") or uuid.uuid4().hex[:8]
-        self.report = open_report(args, self.id, state["step"]) if ranks.is_main else None
+        self.report = open_report(args.report_to, out, self.id, state["step"], args) if ranks.is_main else None
         self.skipped, self.skipped_in_a_row = stored["skipped"], stored["skipped_in_a_row"]
         if len(stored["sums"]) == ranks.world:
             self.sums, self.counts = stored["sums"][ranks.rank], stored["counts"][ranks.rank]
@@ -133,22 +133,19 @@ class Log:
             self.report(record)
 
 
-def open_report(args, run_id: str, step: int):
-    """A function that takes a line of metrics.jsonl to where --report_to says. A run that goes on at `step` goes on
-    there, too. Raises ValueError."""
-    if args.report_to == "tensorboard":
+def open_report(to: str, out: Path, run_id: str, step: int, args):
+    """A function that takes lines of metrics.jsonl to where --report_to says, and goes on where the run does, at `step`.
+    Raises ValueError."""
+    if to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(Path(args.output_dir, "tensorboard"), purge_step=step + 1)
+        board = SummaryWriter(out / to, purge_step=step + 1)
         return lambda record: [board.add_scalar(name, value, record["step"]) for name, value in record.items()]
-    if args.report_to == "wandb":
+    if to == "wandb":
         import wandb
 
         try:
-            run = wandb.init(
-                project="nanoEdit", name=Path(args.output_dir).name, dir=args.output_dir, config=vars(args), id=run_id,
-                resume="allow",
-            )  # fmt: skip
+            run = wandb.init(project="nanoEdit", name=out.name, dir=out, id=run_id, resume="allow", config=vars(args))
         except wandb.Error as e:
             raise ValueError(f"--report_to wandb: {e}") from None
         return lambda record: run.log(record, step=record["step"])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import flags_of, save_checkpoint
 
 import convert
@@ -214,3 +215,20 @@ def test_optional_packages_are_asked_for_before_anything_starts(package, monkeyp
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     flags = f"--method editflow --output_dir out --report_to {package}"
     assert f"pip install {package}" in refused(train.main, flags.split(), 2)
+
+
+@pytest.mark.parametrize("script", ["sample", "evaluate", "train"])
+def test_bf16_without_units_for_it_is_one_line_and_float32(script, tmp_path, monkeypatch, capsys, tiny_is_even_smaller):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flow, seen = save_checkpoint(tmp_path / "flow"), set()
+    watched = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *args: seen.add(watched(*args).dtype) or watched(*args))
+    PARSERS[script].main({
+        "sample": f"--model_name_or_path {flow} --steps 2 --bf16",
+        "evaluate": f"--path {flow} --task toy --limit 2 --steps 2 --output_dir {tmp_path}/evaluation --bf16",
+        "train": f"--method editflow --max_steps 1 --dataset_args toy[train:8,test:2] --output_dir {tmp_path}/out --bf16",
+    }[script].split())  # fmt: skip
+    assert capsys.readouterr().err.count("--bf16: no bf16 units here") == 1
+    assert seen == {torch.float32}

@@ -323,18 +323,3 @@ def saves_for_long(rank):
 def test_saving_may_take_longer_than_a_step(tmp_path):
     run(f"{TOY} {KINDS['mask']} --max_steps 2 --eval_strategy no --save_steps 1", tmp_path / "out", 2, saves_for_long)
     assert len(metrics(tmp_path / "out")) == 2
-
-
-# ---------------------------------------------------------------------------------------------------- inference
-
-
-def test_inference_is_without_gradients_and_dropout_and_the_mode_comes_back():
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
-    handle = parallel.ParallelModel(model, "ddp", parallel.Ranks())
-    forward = lambda model: model(torch.ones(2, 4))  # noqa: E731
-    with handle.inference():
-        a, b = handle(forward), handle(forward)
-    assert torch.equal(a, b)
-    assert not a.requires_grad
-    assert model.training
-    assert handle(forward).requires_grad

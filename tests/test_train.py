@@ -421,7 +421,7 @@ def test_wandb_holds_what_metrics_jsonl_holds_and_a_run_that_goes_on_goes_on_the
     for line in lines_of(tmp_path):
         assert line.items() <= logged[line["step"]].items()
     assert started[0]["id"] == started[1]["id"]
-    assert started[0]["dir"] == str(tmp_path)
+    assert started[0]["dir"] == tmp_path
     assert started[0]["config"]["max_steps"] == 3
 
 
@@ -431,7 +431,6 @@ def test_wandb_that_cannot_start_is_one_line(tmp_path, monkeypatch, refused):
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError, __spec__=1))
     flags = f"{TOY} --method editflow --max_steps 1 --report_to wandb --output_dir"
-    monkeypatch.setattr(checkpoints, "trim_metrics", lambda *_: [])
     assert "--report_to wandb: no API key" in refused(f"{flags} {tmp_path}/out")
 
 
@@ -623,7 +622,7 @@ def test_special_tokens_inside_held_out_responses_are_found_before_the_first_ste
     pair = {"prompt": "Count to three.", "response": "one two three"}
     jsonl(folder / "train.jsonl", *[pair] * 40)
     jsonl(folder / "test.jsonl", pair | {"response": "one <|del|> three"})
-    flags = "--method medlm --vocab_size 300 --max_length 96 --max_steps 2 --intermediate_ratio 1"
+    flags = "--method medlm --vocab_size 300 --max_length 96 --max_steps 2 --intermediate_ratio 1 --raw_control_tokens"
     line = refused(f"{flags} --train_file {folder} --output_dir {tmp_path}/out")
     assert "del token" in line
     assert "one" in line
