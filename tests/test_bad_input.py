@@ -265,12 +265,8 @@ FIELDS = [  # (file, scripts that read it, fields, values that none of these can
     (CONFIG, ALL, "rope_scaling", [{"type": "linear", "factor": x} for x in (0, 10**400, float("nan"), [])], "rope"),
     (CONFIG, "sample", "vocab_size hidden_size intermediate_size", [7, 10**7], "flow/model.safetensors"),
     (CONFIG, "sample", "num_hidden_layers", [3], "'model.layers.2."),
-<<<<<<< HEAD
     (CONFIG, "train sample evaluate", "nanoedit.time_conditioned", [True], "t at the input"),
     (CONFIG, "sample", "nanoedit.clock", [True], "odds.weight"),
-=======
-    (CONFIG, "sample", "nanoedit.time_conditioned", [True], "train anew"),
->>>>>>> 8d2ae38a1c428387be4ba3036545dc5115aa9a22
     (CONFIG, "sample", "nanoedit.x0_sampler", ["masks[length:100000]"], "positions"),
     (SETTINGS, ALL, "added_tokens_decoder", ["x", 5, {"a": {"content": "b"}}, {"1": 5}, {"1": {}}]),
     (SETTINGS, ALL, "chat_template", [5, {}, [1], [{"name": "default"}], [{"name": "default", "template": 5}]]),
