@@ -92,6 +92,8 @@ class Sampler:
 
     def generate(self, prompts, seeds, on_step=None, **given):
         """given: drafts, keep, suffixes."""
+        fixed = [p + s for p, s in zip(prompts, given.get("suffixes", [[]] * len(prompts)))]
+        methods.check_lengths(self.method, fixed, self.settings, given.get("drafts"))
         return self.method.generate(self.model, prompts, self.settings, seeds, **given, on_step=on_step)
 
     def trace(self, prompt: list[int], live=None) -> Trace:

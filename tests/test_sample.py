@@ -73,7 +73,7 @@ def test_prompts_from_the_command_line_are_answered_in_order(name, samples):
     special = [f"<|{name}|>" for name in ("bos", "eos", "pad", "mask", "del")]
     assert not any(token in r["response"] for r in records for token in special), "no special tokens in what is written"
     details = {
-        "editflow": {"steps", "substitutions", "deletions", "insertions", "left_over"},
+        "editflow": {"steps", "substitutions", "deletions", "insertions", "taken_back", "left_over"},
         "medlm": {"draft", "mask_passes", "edit_passes"},
     }
     assert all(r.keys() == {"prompt", "response", "seed"} | details[name] for r in records)
@@ -299,12 +299,12 @@ def hesitant():
     """sample.py, whose answers to messages with the word "slowly" in them take minutes."""
     generate = sample.Sampler.generate
 
-    def slow(sampler, prompts, seeds, drafts=None, on_step=None):
+    def slow(sampler, prompts, seeds, on_step=None):
         def wait(*step):
             on_step(*step)
             time.sleep(10 * HANGING * ("slowly" in sampler.tokenizer.decode(prompts[0])))
 
-        return generate(sampler, prompts, seeds, drafts, wait)
+        return generate(sampler, prompts, seeds, wait)
 
     sample.Sampler.generate = slow
     return sample.main()
@@ -404,7 +404,10 @@ def test_a_roberta_prompt_may_fill_the_positions_that_are_really_there(tmp_path,
 
 
 def test_what_is_said_about_flags_that_do_not_fit_the_model(refused):
-    assert "--draft is for Edit Flows" in refused("medlm", "--draft", "That makes 8.", *STEPS)
+    assert "'9' does not occur in --draft" in refused("medlm", "--draft", "That makes 8.", "--freeze", "9", *STEPS)
+    assert "nothing is left to edit" in refused("medlm", "--draft", "That makes 8.", "--freeze", "That makes 8.")
+    assert "--prompt_dropout" in refused("editflow", "--guidance", "1", *STEPS)
+    assert "does not tell what has flipped" in refused("draft", "--draft", "8", "--corrector", "1", *STEPS)
     assert "give one with --draft" in refused("draft", "--prompt", PROMPT)
     assert "x0_sampler 'noise' is not known; choose from empty" in refused("editflow", "--x0_sampler", "noise")
     assert "token frequencies" in refused("editflow", "--x0_sampler", "uniform[length:4]")
