@@ -10,7 +10,8 @@ The normal forms of a record:
 
     {"text": str}                               a document; one longer than --max_length becomes several examples
     {"messages": [...], "response": str, "draft": str | None}
-                                                a dialogue and its answer; with a draft, the answer is an edited draft
+                                                a dialogue and its answer; with a draft, the answer is an edited draft;
+                                                with a "suffix", what is to be written stands between the two
     {"corpus": str}                             a stretch of a .txt file; all are cut into examples anew in every epoch
 
 A record that cannot be read travels as the ValueError that says why, from its reader to `detect_form`, which raises it;
@@ -198,7 +199,7 @@ def data_files(name: str, hub_files=None) -> list:
     if path.exists():
         files = _inside(path)
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", name) or suffix(path) in READERS:
-        raise ValueError(f"{name}: no such file or folder (nor a hub dataset owner/name, nor toy or toy-repair)")
+        raise ValueError(f"{name}: no such file or folder (nor a hub dataset owner/name, nor {', '.join(toy.SOURCES)})")
     else:
         owner, dataset, *folder = name.split("/")
         try:
@@ -281,7 +282,10 @@ def normalise(record, text_field: str | None = None) -> dict:
         record, answer = messages.pop(), "content"
         if record["role"] != "assistant":
             raise ValueError(f"the last message must be the assistant's, to be learnt, not the {record['role']}'s")
-    return {"messages": messages, "response": _text(record, answer), "draft": draft}
+    given = {"response": _text(record, answer), "draft": draft}
+    if record.get("suffix") is not None:
+        given["suffix"] = _text(record, "suffix")
+    return {"messages": messages} | given
 
 
 def _check_record(record) -> None:
@@ -334,7 +338,7 @@ def load_records(
     for source in parse_spec(spec):
         if source.name in toy.SOURCES:
             sizes = ("train", source.train), ("test", source.test)
-            parts = [toy.records(split, n, seed, repair=source.name == "toy-repair") for split, n in sizes]
+            parts = [toy.records(split, n, seed, source.name) for split, n in sizes]
             unit, skipped = "problems", ""
         else:
             *parts, unit, skipped = _load_files(source, seed, text_field, skip_bad_records)
@@ -507,7 +511,7 @@ def encode(
 ) -> Dataset:
     """Normal records to a Dataset.
 
-    dialogue  encode_prompt and the response; left out and counted when they (or the draft) exceed `max_length`
+    dialogue  encode_prompt, response and suffix; left out and counted when they (or the draft) exceed `max_length`
     text      bos and up to max_length - 1 tokens; a longer text becomes several examples of about equal length
     corpus    bos and exactly max_length - 1 tokens, cut anew every epoch; with `recut` False, as for validation, it is
               a text like any other
@@ -532,12 +536,16 @@ def encode(
 
     written = [_write_prompt(record["messages"], tokenizer, chat_template) for record in dialogues]
     prompts = [begin + prompt for (begin, _), prompt in zip(written, tokenize([text for _, text in written]))]
-    responses = [response + eos for response in tokenize([r["response"] for r in dialogues])]
-    drafts = [draft + eos for draft in tokenize([r["draft"] or "" for r in dialogues])]
+    responses = tokenize([r["response"] for r in dialogues])
+    drafts, suffixes = (tokenize([r.get(field) or "" for r in dialogues]) for field in ("draft", "suffix"))
     examples, too_long = [], []
-    for record, prompt, response, draft in zip(dialogues, prompts, responses, drafts):
-        example = Example(prompt, response, None if record["draft"] is None else draft)
-        length = len(prompt) + max(len(response), len(example.draft or []))
+    for record, prompt, response, draft, suffix in zip(dialogues, prompts, responses, drafts, suffixes):
+        if suffix:
+            suffix = suffix + eos
+        else:
+            response, draft = response + eos, draft + eos
+        example = Example(prompt, response, None if record["draft"] is None else draft, suffix)
+        length = len(example) + max(0, len(example.draft or []) - len(response))
         if length <= max_length:
             examples.append(example)
         else:

@@ -198,7 +198,7 @@ def load_samples(name: str, source: str, limit: int | None, seed: int, system: s
     if task.package and not importlib.util.find_spec(task.package):
         raise ValueError(f"--task {name} needs {task.package} to judge answers: pip install {task.package}")
     if name in toy.SOURCES:
-        records = toy.records("test", limit or toy.HELD_OUT, seed, repair=name == "toy-repair")
+        records = toy.records("test", limit or toy.HELD_OUT, seed, name)
     else:
         files = data.data_files(source)
         files = [file for file in files if "test" in file.name] or files

@@ -10,9 +10,10 @@ masks, then up to --edit_diffusion_step passes edit the draft.
 
 import json
 import os
+import re
 import sys
 from contextlib import suppress
-from itertools import combinations
+from itertools import accumulate, combinations
 from pathlib import Path
 
 import torch
@@ -35,7 +36,9 @@ def parse_args(argv=None):
         f.flag("--interactive", help="chat on the terminal; an empty line generates from scratch")
     f.flag("--chat_template", default=True,
            help="wrap prompts in the checkpoint's chat template, if it was trained with one")
-    f.choice("--draft", type=cli.text, help="a text to start from instead of masks or nothing (Edit Flows)")
+    f.choice("--suffix", type=cli.text, help="what stands behind the text: a middle of unknown length is written")
+    f.choice("--draft", type=cli.text, help="a text to edit, instead of starting from masks or nothing")
+    f.choice("--freeze", type=cli.text, nargs="+", metavar="PART", help="parts of --draft that must stay as they are")
     f.integer("--num_samples", low=1, default=1, help="texts per prompt, with seeds seed, seed + 1, ...")
     f.integer("--batch_size", low=1, default=32, help="texts generated at once")
     f.integer("--seed", low=0, default=0, help="of the first text of each prompt")
@@ -52,14 +55,15 @@ def parse_args(argv=None):
     args = f.parse_args(argv)
     args.files = {} if args.output == "-" else {"--output": args.output}
     args.files |= {flag: file for flag in WRITERS if (file := getattr(args, flag[2:]))}
-    clashes = {"--draft": args.draft is not None, "--num_samples": args.num_samples > 1} | args.files
+    clashes = {"--draft": args.draft is not None, "--suffix": args.suffix is not None}
+    clashes |= {"--num_samples": args.num_samples > 1} | args.files
     for name in [name for name, given in clashes.items() if args.interactive and given]:
         f.error(f"{name} does not go with --interactive")
     start = args.x0_sampler or "draft"
     if args.draft is not None and (args.mask_length is not None or start != "draft"):
         f.error("--draft is where to start; leave out --mask_length and --x0_sampler")
-    if args.draft is None and args.x0_sampler == "draft":
-        f.error("--x0_sampler draft starts from a text: give it with --draft")
+    if args.draft is None and (args.x0_sampler == "draft" or args.freeze):
+        f.error(f"{'--freeze' if args.freeze else '--x0_sampler draft'} is about a text: give it with --draft")
     files = {"--prompt_file": args.prompt_file} | args.files
     given = [(flag, os.path.realpath(file)) for flag, file in files.items() if file]
     for (flag, file), (other, same) in combinations(given, 2):
@@ -80,9 +84,9 @@ class Sampler:
         """A conversation as the model was trained to see it; without messages the beginning-of-text token alone."""
         return data.encode_prompt(messages, self.tokenizer, chat_template=self.args.chat_template)
 
-    def generate(self, prompts, seeds, drafts=None, on_step=None):
-        methods.check_lengths(self.method, prompts, self.settings, drafts)
-        return self.method.generate(self.model, prompts, self.settings, seeds, drafts, on_step=on_step)
+    def generate(self, prompts, seeds, on_step=None, **given):
+        """given: drafts, keep, suffixes."""
+        return self.method.generate(self.model, prompts, self.settings, seeds, **given, on_step=on_step)
 
     def trace(self, prompt: list[int], live=None) -> Trace:
         t = self.tokenizer
@@ -92,6 +96,23 @@ class Sampler:
 def draft_ids(tokenizer, draft: str) -> list[int]:
     """A draft as the model was trained to see it: with end-of-message behind it."""
     return [*tokenizer.encode(draft), *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
+
+
+def frozen_tokens(tokenizer, draft: list[int], parts: list[str]) -> list[bool]:
+    """Which tokens of a draft hold some of these parts of its text. Raises ValueError for one that does not occur, and
+    where nothing would be left to edit."""
+    pieces = tokenizer.pieces(draft)
+    ends = list(accumulate(map(len, pieces)))
+    text, frozen = "".join(pieces), [False] * len(draft)
+    for part in parts:
+        found = [(m.start(), m.end()) for m in re.finditer(re.escape(part), text)]
+        if not found:
+            raise ValueError(f"--freeze {part!r} does not occur in --draft")
+        for start, end in found:
+            frozen = [f or (e - len(p) < end and e > start) for f, p, e in zip(frozen, pieces, ends)]
+    if all(f or token == tokenizer.eos_id for f, token in zip(frozen, draft)):
+        raise ValueError("--freeze covers all of --draft: nothing is left to edit")
+    return frozen
 
 
 def main(argv=None):
@@ -108,11 +129,14 @@ def main(argv=None):
         return interact(sampler)
 
     jobs = [(c, sampler.prompt(c), args.seed + k) for c in conversations for k in range(args.num_samples)]
-    draft = None if args.draft is None else draft_ids(sampler.tokenizer, args.draft)
+    given = {"drafts": args.draft, "suffixes": args.suffix}
+    given = {name: draft_ids(sampler.tokenizer, text) for name, text in given.items() if text is not None}
+    if args.freeze:
+        given["keep"] = frozen_tokens(sampler.tokenizer, given["drafts"], args.freeze)
     names = [f"the prompt {c[-1]['content'][:40]!r}" if c else "a prompt" for c, _, _ in jobs]
-    prompts, drafts = [ids for _, ids, _ in jobs], None if draft is None else [draft] * len(jobs)
-    # now, and not when its batch comes up
-    methods.check_lengths(sampler.method, prompts, sampler.settings, drafts, names)
+    fixed = [ids + given.get("suffixes", []) for _, ids, _ in jobs]
+    drafts = [given["drafts"]] * len(jobs) if "drafts" in given else None
+    methods.check_lengths(sampler.method, fixed, sampler.settings, drafts, names)  # now, not when its batch comes up
     trace, wanted = None, {file: WRITERS[flag] for flag, file in args.files.items() if flag in WRITERS}
     if args.show or wanted:
         trace = sampler.trace(jobs[0][1], live=sys.stdout if args.show else None)
@@ -123,14 +147,15 @@ def main(argv=None):
             batch = jobs[i : i + args.batch_size]
 
             def on_step(*step, is_first=i == 0):
-                bar.update()
+                bar.update(step[-1] != "back")  # the corrector's way back takes no forward pass
                 if trace and is_first:
                     trace.on_step(*step)
 
-            drafts = None if draft is None else [draft] * len(batch)
-            texts = sampler.generate([ids for _, ids, _ in batch], [seed for _, _, seed in batch], drafts, on_step)
+            prompts, seeds = [ids for _, ids, _ in batch], [seed for _, _, seed in batch]
+            repeated = {name: [ids] * len(batch) for name, ids in given.items()}
+            texts = sampler.generate(prompts, seeds, on_step, **repeated)
             if trace and i == 0:
-                trace.finish([*jobs[0][1], *texts[0].tokens])
+                trace.finish([*jobs[0][1], *texts[0].tokens, *given.get("suffixes", [])])
                 if args.show and not trace.screen:  # on a terminal the frames have been seen
                     show(trace)
             out = out or open(args.output, "w", encoding="utf-8")  # noqa: SIM115
@@ -200,6 +225,7 @@ def interact(sampler: Sampler) -> None:
                 continue
             messages = [*history, {"role": "user", "content": line}] if line else []
             ids = sampler.prompt(messages)
+            methods.check_lengths(sampler.method, [ids], sampler.settings)
             trace = sampler.trace(ids, live=sys.stdout)
             text = sampler.generate([ids], [sampler.args.seed + turn], on_step=trace.on_step)[0]
             trace.finish([*ids, *text.tokens])

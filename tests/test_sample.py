@@ -73,7 +73,7 @@ def test_prompts_from_the_command_line_are_answered_in_order(name, samples):
     special = [f"<|{name}|>" for name in ("bos", "eos", "pad", "mask", "del")]
     assert not any(token in r["response"] for r in records for token in special), "no special tokens in what is written"
     details = {
-        "editflow": {"steps", "substitutions", "deletions", "insertions", "left_over"},
+        "editflow": {"steps", "substitutions", "deletions", "insertions", "taken_back", "left_over"},
         "medlm": {"draft", "mask_passes", "edit_passes"},
     }
     assert all(r.keys() == {"prompt", "response", "seed"} | details[name] for r in records)
@@ -138,6 +138,11 @@ def test_where_edit_flows_start(samples, monkeypatch):
     samples("draft", "--prompt", PROMPT, OTHER, "--draft", "That makes 8.")
     samples("editflow", "--prompt", PROMPT, "--draft", "That makes 8.")
     assert starts == [[[words.mask_id] * 6], [[words.mask_id] * 3], [[]], [draft, draft], [draft]]
+
+
+def test_me_dlm_edits_a_draft(samples):
+    (record,) = samples("medlm", "--prompt", PROMPT, "--draft", "That makes 8.")
+    assert (record["draft"], record["mask_passes"]) == ("That makes 8.", 0)
 
 
 def test_the_chat_template_wraps_prompts_unless_switched_off(saved, samples, monkeypatch):
@@ -282,12 +287,12 @@ def hesitant():
     """sample.py, whose answers to messages with the word "slowly" in them take minutes."""
     generate = sample.Sampler.generate
 
-    def slow(sampler, prompts, seeds, drafts=None, on_step=None):
+    def slow(sampler, prompts, seeds, on_step):
         def wait(*step):
             on_step(*step)
             time.sleep(10 * HANGING * ("slowly" in sampler.tokenizer.decode(prompts[0])))
 
-        return generate(sampler, prompts, seeds, drafts, wait)
+        return generate(sampler, prompts, seeds, wait)
 
     sample.Sampler.generate = slow
     return sample.main()
@@ -387,7 +392,6 @@ def test_a_roberta_prompt_may_fill_the_positions_that_are_really_there(tmp_path,
 
 
 def test_what_is_said_about_flags_that_do_not_fit_the_model(refused):
-    assert "--draft is for Edit Flows" in refused("medlm", "--draft", "That makes 8.", *STEPS)
     assert "give one with --draft" in refused("draft", "--prompt", PROMPT)
     assert "x0_sampler 'noise' is not known; choose from empty" in refused("editflow", "--x0_sampler", "noise")
     assert "token frequencies" in refused("editflow", "--x0_sampler", "uniform[length:4]")
