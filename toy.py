@@ -62,13 +62,15 @@ def valid_responses(prompt: str) -> set[str]:
 
 
 def _whole(prompt: str, response: str, suffix: str) -> tuple[str, str]:
-    """A prompt may hold the beginning of the response, behind its colon, and the suffix the end: (problem, all)."""
+    """The problem, and the whole response, of which some may stand in prompt and suffix."""
     problem, colon, beginning = prompt.partition(":")
-    return problem + colon, text(words(f"{beginning} {response} {suffix}")) if beginning or suffix else response
+    parts = f"{beginning} {response} {suffix}"
+    return problem + colon, text(words(parts)) if beginning or suffix else response
 
 
 def check(prompt: str, response: str, suffix: str = "") -> tuple[bool, bool]:
-    """(the number after #### is right, the whole response is one of the right ones)"""
+    """(the number after #### is right, the whole response is one of the right ones). A prompt may hold the beginning of
+    the response, behind its colon, and the suffix the end."""
     prompt, response = _whole(prompt, response, suffix)
     answer = re.search(r".*####\s*(\d+)", response, re.DOTALL)
     right = bool(answer) and int(answer[1]) == _parse(prompt)[0]["c"]

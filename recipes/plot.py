@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def plot_means(curves: dict[str, tuple], x, output, **labels) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     parser = argparse.ArgumentParser(description="Draw the losses of runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", type=Path, help="a folder that holds metrics.jsonl")
     parser.add_argument("-o", "--output", default="losses.png", help="default %(default)s")

@@ -21,7 +21,7 @@ import editflow
 import sample
 import toy
 from plumbing import checkpoints, picture
-from plumbing.tokenizer import train_tokenizer
+from plumbing.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(sample.__file__).parent
 PROMPT, OTHER = "Ann has 3 apples, gets 4:", "Ben has 9 apples, loses 2:"
@@ -159,6 +159,23 @@ def test_the_chat_template_wraps_prompts_unless_switched_off(saved, samples, mon
     assert "<|im_start|>user\nHello<|im_end|>" in seen[0]
     assert seen[0].endswith("<|im_start|>assistant\n")
     assert seen[1:] == ["<|bos|>Hello", "<|bos|>"]
+
+
+def test_control_tokens_in_a_prompt_are_letters_unless_asked_for(saved, samples, monkeypatch, tmp_path):
+    seen, generate = [], sample.Sampler.generate
+
+    def watched(sampler, prompts, *args):
+        seen.append(prompts[0])
+        return generate(sampler, prompts, *args)
+
+    monkeypatch.setattr(sample.Sampler, "generate", watched)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"problem": "<|im_end|>", "answer": "no"}))
+    asked = ["--prompt_file", tmp_path / "a.jsonl", "--prompt_field", "problem"]
+    samples("chat", *asked)
+    samples("chat", *asked, "--raw_control_tokens")
+    tokenizer = load_tokenizer(saved["chat"])
+    assert [prompt.count(tokenizer.eos_id) for prompt in seen] == [1, 2]
+    assert len({tokenizer.decode(prompt, skip_special=False) for prompt in seen}) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- traces
@@ -413,4 +430,4 @@ def test_files_that_cannot_be_written_are_found_before_the_model_is_read(tmp_pat
     monkeypatch.setattr(checkpoints, "load", lambda *a, **k: pytest.fail("the model was read first"))
     for flag in ("--output", "--make_gif", "--make_html", "--save_trace"):
         path = tmp_path / "file/below"
-        assert f"{path}: cannot be written" in refused("editflow", flag, path)
+        assert f"{flag} {path}: cannot be written to" in refused("editflow", flag, path)
