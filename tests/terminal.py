@@ -102,7 +102,8 @@ class Terminal:
 
     def see(self, text: str, times: int = 1) -> None:
         """Waits until a text is on the screen so many times."""
-        self.wait(lambda: self.text().count(text) >= times)
+        self.wait(lambda: self.text().count(text) >= times or self.process.exitcode is not None)
+        assert self.text().count(text) >= times, f"{text!r} is missing:\n{self.text()}"
 
     def end(self) -> int:
         """Waits for the end of the program; its exit status."""

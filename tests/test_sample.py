@@ -140,6 +140,11 @@ def test_where_edit_flows_start(samples, monkeypatch):
     assert starts == [[[words.mask_id] * 6], [[words.mask_id] * 3], [[]], [draft, draft], [draft]]
 
 
+def test_me_dlm_edits_a_draft(samples):
+    (record,) = samples("medlm", "--prompt", PROMPT, "--draft", "That makes 8.")
+    assert (record["draft"], record["mask_passes"]) == ("That makes 8.", 0)
+
+
 def test_the_chat_template_wraps_prompts_unless_switched_off(saved, samples, monkeypatch):
     seen, generate = [], sample.Sampler.generate
 

@@ -76,12 +76,12 @@ def test_what_is_wrong_with_a_response_is_said():
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(0, 400))
-def test_nothing_is_wrong_with_the_valid_responses_alone(seed):
-    [record] = toy.records("test", 1, seed, "toy-repair")
-    prompt = record["messages"][0]["content"]
-    for response in (record["draft"], record["response"]):
-        assert (toy.explain(prompt, response) == "") == toy.check(prompt, response)[1]
+@given(st.integers(0, 400), st.sampled_from(toy.SOURCES))
+def test_nothing_is_wrong_with_the_valid_responses_alone(seed, kind):
+    [record] = toy.records("test", 1, seed, kind)
+    prompt, suffix = record["messages"][0]["content"], record.get("suffix", "")
+    for response in (record["draft"] or "7 apples", record["response"]):
+        assert (toy.explain(prompt, response, suffix) == "") == toy.check(prompt, response, suffix)[1]
 
 
 def test_toy_records_are_right_seeded_and_held_out():
