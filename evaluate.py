@@ -444,8 +444,8 @@ def report(name: str, samples: list[Sample], args) -> dict:
 
 @torch.no_grad()
 def likelihood(model, tokenizer, args, texts: list[tuple[str, dict]]) -> dict:
-    """How many bits the model needs for a byte of the texts (of responses, prompt and suffix given): the mean over draws
-    of nats / ln 2 / bytes, and its standard error from their spread (of the noise, not of the choice of the texts).
+    """How many bits the model needs for a byte of the texts (of responses, the rest given): the mean over draws of
+    nats / ln 2 / bytes, and its standard error from their spread (of the noise, not of the choice of the texts).
 
     texts: (place, record in normal form). Raises ValueError for a text that the tokenizer does not give back.
     """
@@ -467,7 +467,7 @@ def likelihood(model, tokenizer, args, texts: list[tuple[str, dict]]) -> dict:
         raise ValueError(f"{texts[0][0]}: no record fits into {length} tokens; raise --max_length")
     draws = torch.zeros(1 if getattr(method, "EXACT", False) else args.draws, dtype=torch.float64)
     flags = cli.Flags("")
-    methods.training_flags(flags)  # paths and masks are drawn as in training, where the checkpoint does not say otherwise
+    methods.training_flags(flags)  # paths and masks are drawn as in training
     known = vars(methods.sampling_settings(method, args, model, tokenizer))
     settings = argparse.Namespace(**vars(flags.parse_args([])) | known)
     rng = torch.Generator().manual_seed(args.seed)
