@@ -44,14 +44,17 @@ from math import gcd, log, sqrt
 from pathlib import Path
 from statistics import fmean
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py, and before torch
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+import parallel
 import toy
 from plumbing import checkpoints, cli, execution, methods
-from sample import check_writable, draft_ids
+from sample import draft_ids
 
 # --------------------------------------------------------------------------- finding the answer, and judging it
 #
@@ -179,9 +182,14 @@ def mbpp_question(record: dict) -> str:
     return "\n".join(description) + f"\nYour code should satisfy the following assertion:\n```python\n{example}\n```"
 
 
+def toy_explain(record: dict, response: str) -> str:
+    """What is wrong, "" if nothing."""
+    return toy.explain(record["messages"][0]["content"], response, record.get("suffix", ""))
+
+
 def toy_check(record: dict, response: str) -> dict[str, bool]:
     """right: the number after ####; valid: the response is one of the 18 that answer the prompt."""
-    right, valid = toy.check(record["messages"][0]["content"], response)
+    right, valid = toy.check(record["messages"][0]["content"], response, record.get("suffix", ""))
     return {"right": right, "valid": valid}
 
 
@@ -196,6 +204,7 @@ class Task:
     published: str = ""  # its name under the published data/
     package: str = ""  # that the check needs
     start: Callable[[dict], str] | None = None  # record -> what a program has in front of a response's code
+    explain: Callable[[dict, str], str] | None = None  # (record, response) -> what is wrong, "" if nothing
     init_num: int = 512  # for methods that start from so many tokens
 
 
@@ -224,9 +233,11 @@ TASKS = {
         fields=("prompt",), question=mbpp_question,
         system=CODE, check=mbpp_check, start=lambda record: "",
     ),
-    "toy": Task(question=lambda record: record["messages"][0]["content"], check=toy_check, init_num=24),
+    "toy": Task(
+        question=lambda record: record["messages"][0]["content"], check=toy_check, explain=toy_explain, init_num=24,
+    ),
 }  # fmt: skip
-TASKS["toy-repair"] = TASKS["toy"]  # from a corrupted response
+TASKS["toy-repair"] = TASKS["toy-infill"] = TASKS["toy"]  # from a corrupted response; between its two ends
 LIKELIHOOD = "likelihood"  # stands alone, in the section of its name
 
 
@@ -239,18 +250,20 @@ class Sample:
     key: str = ""  # hash of all that the answer depends on
 
 
-def load_samples(name: str, source: str, limit: int | None, seed: int, system: str | None) -> list[Sample]:
-    """The first `limit` samples of a task, from a file, folder or hub dataset. system: instead of the task's. Raises
-    ValueError / OSError naming the file and line."""
+def load_samples(
+    name: str, source: str, limit: int | None, seed: int, system: str | None, named: tuple = ()
+) -> list[Sample]:
+    """The first `limit` samples of a task, from a file, folder or hub dataset. system: instead of the task's; named:
+    the fields of question and answer, likewise. Raises ValueError / OSError naming the file and line."""
     task = TASKS[name]
     if task.package and not importlib.util.find_spec(task.package):
         raise ValueError(f"--task {name} needs {task.package} to judge answers: pip install {task.package}")
     if name in toy.SOURCES:
-        records = toy.records("test", limit or toy.HELD_OUT, seed, repair=name == "toy-repair")
+        records = toy.records("test", limit or toy.HELD_OUT, seed, name)
     else:
         files = data.data_files(source)
         files = [file for file in files if "test" in file.name] or files
-        records = [checked(task, *line) for file in files for line in data.read_file(file)][:limit]
+        records = [checked(task, *line, named) for file in files for line in data.read_file(file)][:limit]
         if not records:
             raise ValueError(f"{files[0]}: no record in it")
     system = task.system if system is None else system
@@ -264,13 +277,15 @@ def load_samples(name: str, source: str, limit: int | None, seed: int, system: s
     return samples
 
 
-def checked(task: Task, place: str, record) -> dict:
-    """The record, if it is one of this task."""
+def checked(task: Task, place: str, record, named: tuple = ()) -> dict:
+    """The record, if it is one of this task, with the fields under their usual names."""
     if isinstance(record, ValueError):
         raise ValueError(f"{place}: {record}")
-    for field in task.fields:
+    names = dict(zip(task.fields, task.fields)) | {usual: name for usual, name in zip(task.fields, named) if name}
+    for field in names.values():
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise ValueError(f"{place}: needs text in field {field!r}; is this the right file for the task?")
+            raise ValueError(f"{place}: needs text in field {field!r}; --prompt_field and --response_field name others")
+    record |= {usual: record[field] for usual, field in names.items()}
     for field in ("draft", "test", "entry_point"):
         if not isinstance(record.get(field), str | None):
             raise ValueError(f"{place}: the field {field!r} must hold text")
@@ -301,26 +316,30 @@ def prepare(model, tokenizer, args, name: str, samples: list[Sample]) -> tuple[d
     Raises ValueError for the first question that leaves no room for an answer: now, and not when its turn comes.
     """
     method = methods.of(model)
+    tokenizer.configure(args.chat_template, args.raw_control_tokens)
     flags = argparse.Namespace(**vars(args) | {"init_num": args.init_num or TASKS[name].init_num})
     settings = methods.sampling_settings(method, flags, model, tokenizer)
+    written = {name: getattr(args, name) for name in ("bf16", "chat_template", "raw_control_tokens")}
 
-    def encode(samples: list[Sample]) -> tuple[list, list | None]:
-        prompts = [data.encode_prompt(s.messages, tokenizer) for s in samples]
-        drafts = [s.record.get("draft") for s in samples]
-        return prompts, None if None in drafts else [draft_ids(tokenizer, draft) for draft in drafts]
+    def encode(samples: list[Sample]) -> tuple[list, list | None, list | None]:
+        """Prompts, and drafts and suffixes where every record has one."""
+        given = ([s.record.get(field) for s in samples] for field in ("draft", "suffix"))
+        given = [None if None in texts else [draft_ids(tokenizer, text) for text in texts] for texts in given]
+        return data.encode_prompts([s.messages for s in samples], tokenizer), *given
 
     def generate(samples: list[Sample]) -> list[dict]:
-        prompts, drafts = encode(samples)
+        prompts, drafts, suffixes = encode(samples)
         answers = []
-        for text in method.generate(model, prompts, settings, [s.seed for s in samples], drafts):
+        for text in method.generate(model, prompts, settings, [s.seed for s in samples], drafts, suffixes):
             answer = {"response": tokenizer.decode(text.response), "tokens": len(text.response)}
             answer["draft"] = None if text.draft is None else tokenizer.decode(text.draft)
             answers.append(answer | {"passes": text.passes})
         return answers
 
-    prompts, drafts = encode(samples)
+    prompts, drafts, suffixes = encode(samples)
+    prompts = [p + s for p, s in zip(prompts, suffixes)] if suffixes else prompts
     methods.check_lengths(method, prompts, settings, drafts, names=[f"question {s.id}" for s in samples])
-    return vars(settings) | {"bf16": args.bf16}, generate
+    return vars(settings) | written, generate
 
 
 def read_rows(name: str, out: Path) -> dict[str, dict]:
@@ -419,8 +438,10 @@ def report(name: str, samples: list[Sample], args) -> dict:
     """Prints the verdicts on a task, and the first answers where they are asked for; returns the summary."""
     task, out = TASKS[name], Path(args.output_dir)
     rows = judge(name, samples, out, args.allow_code_execution)
-    for row in rows[: args.show_answers]:
+    for sample, row in list(zip(samples, rows))[: args.show_answers]:
         print(f"{row['prompt']}  ->  {row['response']}    {row['verdicts'] or 'not judged'}")
+        if task.explain and (wrong := task.explain(sample.record, row["response"])):
+            print(f"    {wrong}")
     summary = summarise(rows) | {"judge": task.check.__doc__}
     passes = [f"{mean:.1f} {count.replace('_', ' ')}" for count, mean in summary["passes"].items()]
     speed = f"{summary['tokens_per_second']:.1f} tokens/s"
@@ -444,8 +465,8 @@ def report(name: str, samples: list[Sample], args) -> dict:
 
 @torch.no_grad()
 def likelihood(model, tokenizer, args, texts: list[tuple[str, dict]]) -> dict:
-    """How many bits the model needs for a byte of the texts (of responses, the rest given): the mean over draws of
-    nats / ln 2 / bytes, and its standard error from their spread (of the noise, not of the choice of the texts).
+    """How many bits the model needs for a byte of the texts (of responses, prompt and suffix given): the mean over
+    draws of nats / ln 2 / bytes, and its standard error from their spread (of the noise, not of the texts' choice).
 
     texts: (place, record in normal form). Raises ValueError for a text that the tokenizer does not give back.
     """
@@ -511,6 +532,7 @@ def parse_args(argv=None):
              help="file, folder or hub dataset of a task; PATH alone where there is one task")
     f.choice("--data_dir", help="folder with the tasks' files, also as published (default: the hub)")
     f.choice("--output_dir", default="evaluation", help="rows, verdicts, summary; a run found here is continued")
+    f.group("which samples, and how")
     f.integer("--limit", low=1, help="only the first samples of each task")
     f.choice("--system_prompt", type=cli.text, help='instead of that of the task; "" for none')
     f.integer("--seed", low=0, default=42, help="of everything random")
@@ -520,6 +542,7 @@ def parse_args(argv=None):
     f.integer("--show_answers", low=0, default=0, help="print so many answers of each task")
     f.flag("--bf16", default=torch.cuda.is_available(), help="weights in bfloat16")
     f.flag("--allow_code_execution", help="run the generated programs, which execution.py confines")
+    data.add_flags(f)
     methods.sampling_flags(f, temperature=0.0)
     args = f.parse_args(argv)
     if len(args.task) == len(args.data) == 1 and not args.data[0].startswith(f"{args.task[0]}="):
@@ -542,18 +565,20 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     alone = args.task == [LIKELIHOOD]
-    which = args.limit, args.seed, args.system_prompt
+    which = args.limit, args.seed, args.system_prompt, (args.prompt_field, args.response_field)
     if alone and rank > 0:
         return  # one process is enough
     texts = read_texts(args.data[LIKELIHOOD], args.limit) if alone else []
     samples = {} if alone else {name: load_samples(name, source, *which) for name, source in args.data.items()}
     out = Path(args.output_dir)
-    check_writable(out / "summary.json")
+    checkpoints.check_writable(out / "summary.json", f"--output_dir {out}")
     for name in samples:
-        check_writable(out / f"{name}.rank{rank}.jsonl")
+        checkpoints.check_writable(out / f"{name}.rank{rank}.jsonl", f"--output_dir {out}")
         read_rows(name, out)  # raises for a broken file of an earlier run
+    checkpoints.lock(out / f".rank{rank}.lock")
     checkpoint = checkpoints.local_path(args.path)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    args.bf16 = parallel.bf16_if_possible(args.bf16, device)
     model, tokenizer = checkpoints.open_for_inference(checkpoint, device, args.bf16)
     if alone:
         found = likelihood(model, tokenizer, args, texts)
@@ -572,7 +597,9 @@ def main(argv=None) -> None:
     if rank == 0:
         tasks = {name: report(name, samples[name], args) for name in samples}
         settings = {name: settings for name, (settings, _) in prepared.items()}
-        checkpoints.write_json(out / "summary.json", {"args": vars(args), "settings": settings, "tasks": tasks})
+        summary = {"args": vars(args), "settings": settings, "tasks": tasks}
+        checkpoints.write_whole(out / "summary.json", json.dumps(summary, indent=2, sort_keys=True) + "\n")
+        print(f"answers, verdicts and summary written to {out}")
 
 
 if __name__ == "__main__":

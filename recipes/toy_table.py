@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import medlm
 import toy
-from plumbing import checkpoints, methods
+from plumbing import checkpoints, cli, methods
 from plumbing.tokenizer import load_tokenizer
 from recipes.plot import plot_means
 
@@ -89,4 +89,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

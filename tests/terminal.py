@@ -19,6 +19,7 @@ from conftest import HANGING
 from fleet import forkserver
 from pyte.modes import DECAWM
 
+BRACKETED = 2004 << 5  # the mode, as pyte counts
 CTRL_C, CTRL_D, UP, LEFT = "\x03", "\x04", "\x1b[A", "\x1b[D"
 
 
@@ -86,6 +87,10 @@ class Terminal:
                 self._read()
             else:
                 data = data[os.write(self.outside, data[:512]) :]
+
+    def paste(self, text: str) -> None:
+        """As a terminal does it: in brackets, where the program has asked for them."""
+        self.type(f"\x1b[200~{text}\x1b[201~" if BRACKETED in self.screens[0].mode else text.replace("\n", "\r"))
 
     def wait(self, until) -> None:
         """Reads on until until() holds."""

@@ -290,6 +290,16 @@ def test_the_system_prompt_can_be_replaced_and_left_out_and_a_folder_gives_its_t
     assert [m["role"] for m in evaluate.load_samples("gsm8k", str(folder), 1, 0, "")[0].messages] == ["user"]
 
 
+def test_fields_of_question_and_answer_can_be_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"task": "2 + 2?", "solution": "4", "question": "no", "answer": "no"}')
+    [sample] = evaluate.load_samples("gsm8k", str(path), None, 0, "", ("task", "solution"))
+    assert sample.messages == [{"role": "user", "content": "2 + 2?"}]
+    assert evaluate.gsm8k_check(sample.record, "4")["right"]
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: needs text in field 'nowhere'; --prompt_field and"):
+        evaluate.load_samples("gsm8k", str(path), None, 0, "", ("nowhere", None))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -482,13 +492,14 @@ def test_main_from_files_to_summary(standing_in, files, tmp_path, capsys):
     assert (result["n"], result["verdicts"]["response right"]["percent"]) == (5, 40)
     assert summary["args"]["data"]["gsm8k"] == files["gsm8k"]
     assert "####" in result["judge"]
-    assert summary["settings"] == {"gsm8k": {"order": "confidence"}}
+    assert summary["settings"] == {"gsm8k": {"order": None}}
     assert re.sub(r" \S+ tokens/s", "", capsys.readouterr().out).splitlines() == [
         "gsm8k, 5 samples:   4.0 mask passes   2.0 edit passes  ",
         "    draft right            40.0 ± 21.9 %",
         "    draft as published      0.0 ± 0.0 %",
         "    response right         40.0 ± 21.9 %",
         "    response as published   0.0 ± 0.0 %",
+        f"answers, verdicts and summary written to {tmp_path}/out",
     ]
 
     more, _ = standing_in("--task", "gsm8k", "--data", f"gsm8k={files['gsm8k']}", "--batch_size", "8")
@@ -523,7 +534,7 @@ def test_evalplus_is_asked_where_it_is_installed(standing_in, files, tmp_path, m
     [
         (["--task", "gsm8k", "--data_dir", "nowhere"], "nowhere/gsm8k_test.jsonl: no such file"),
         (["--task", "gsm8k", "--data", "gsm8k=nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["--task", "toy", "--output_dir", "/proc/nowhere"], "/proc/nowhere/summary.json: cannot be written"),
+        (["--task", "toy", "--output_dir", "/proc/nowhere"], "--output_dir /proc/nowhere: cannot be written"),
         (["--task", "toy", "--path", "/nowhere"], "/nowhere: no such directory"),
     ],
 )
@@ -686,6 +697,8 @@ def test_real_models_of_both_methods(method, tmp_path, capsys):
         assert line["passes"]["mask_passes" if method == "medlm" else "steps"] == 2
     out = capsys.readouterr().out
     assert f"{rows[0]['prompt']}  ->  {rows[0]['response']}" in out
+    assert f"\n    {toy.explain(rows[0]['prompt'], rows[0]['response'])}\n" in out
+    assert out.endswith(f"written to {tmp_path}/out\n")
     assert ("draft right" in out) == ("mask passes" in out) == (method == "medlm")
     with pytest.raises(ValueError, match=r"question Toy/0"):
         evaluate.main([*flags, "--system_prompt", "Ann " * 5000])

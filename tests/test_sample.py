@@ -1,10 +1,10 @@
 """sample.py on the command line: prompts in, texts out, and what it says when it cannot."""
 
+import importlib
 import io
 import json
 import os
 import re
-import readline
 import subprocess
 import sys
 import time
@@ -21,7 +21,7 @@ import editflow
 import sample
 import toy
 from plumbing import checkpoints, picture
-from plumbing.tokenizer import train_tokenizer
+from plumbing.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(sample.__file__).parent
 PROMPT, OTHER = "Ann has 3 apples, gets 4:", "Ben has 9 apples, loses 2:"
@@ -156,6 +156,23 @@ def test_the_chat_template_wraps_prompts_unless_switched_off(saved, samples, mon
     assert seen[1:] == ["<|bos|>Hello", "<|bos|>"]
 
 
+def test_control_tokens_in_a_prompt_are_letters_unless_asked_for(saved, samples, monkeypatch, tmp_path):
+    seen, generate = [], sample.Sampler.generate
+
+    def watched(sampler, prompts, *args):
+        seen.append(prompts[0])
+        return generate(sampler, prompts, *args)
+
+    monkeypatch.setattr(sample.Sampler, "generate", watched)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"problem": "<|im_end|>", "answer": "no"}))
+    asked = ["--prompt_file", tmp_path / "a.jsonl", "--prompt_field", "problem"]
+    samples("chat", *asked)
+    samples("chat", *asked, "--raw_control_tokens")
+    tokenizer = load_tokenizer(saved["chat"])
+    assert [prompt.count(tokenizer.eos_id) for prompt in seen] == [1, 2]
+    assert len({tokenizer.decode(prompt, skip_special=False) for prompt in seen}) == 1
+
+
 # ---------------------------------------------------------------------------------------------------- traces
 
 
@@ -197,11 +214,11 @@ def test_watching_leaves_one_picture_and_the_text_on_the_screen(columns, saved, 
     terminal = Terminal(columns)
     terminal.start(sample.main, ["--model_name_or_path", str(saved["medlm"]), *STEPS, "--prompt", PROMPT, "--show"])
     assert terminal.end() == 0
-    headline, *_, text = (line for line in terminal.lines() if not line.startswith("note:") and line)
-    assert re.fullmatch(r"draft and repaired  ━+  step \d+", headline)
-    assert len(headline) == columns
+    assert re.fullmatch(r"draft and repaired  ━+  step \d+", terminal.lines()[0])
+    assert len(terminal.lines()[0]) == columns
     assert terminal.text().count("step ") == 1
-    assert record["response"] in terminal.text().replace("\n", "")
+    letters, response = ("".join(text.split()) for text in (terminal.text(), record["response"]))
+    assert letters.partition("note:")[0].endswith(response), "below the picture"
     terminal.close()
 
 
@@ -339,12 +356,14 @@ def test_an_answer_is_stopped_and_the_conversation_goes_on(chat):
     assert chat.end() == 0
 
 
-@pytest.mark.skipif("libedit" in (readline.__doc__ or ""), reason="libedit takes every line of a paste for a message")
 def test_a_long_paste_is_one_message_and_complete(chat, saved):
+    if "libedit" in (importlib.import_module("readline").__doc__ or ""):
+        pytest.skip("libedit takes every line of a paste for a message")
     _, tokenizer = checkpoints.open_for_inference(saved["chat"], "cpu", False)
     for text in ("How are you? " * 500, "\n".join(f"Line {n} of many." for n in range(2000))):
         tokens = len(data.encode_prompt([user(text.strip())], tokenizer))
-        chat.type(f"\x1b[200~{text}\x1b[201~\r")
+        chat.paste(text)
+        chat.type("\r")
         chat.see(f"error: a prompt of {tokens} tokens")
     chat.see("\n>", 3)
     assert chat.text().count("error:") == 2
@@ -407,4 +426,4 @@ def test_files_that_cannot_be_written_are_found_before_the_model_is_read(tmp_pat
     monkeypatch.setattr(checkpoints, "load", lambda *a, **k: pytest.fail("the model was read first"))
     for flag in ("--output", "--make_gif", "--make_html", "--save_trace"):
         path = tmp_path / "file/below"
-        assert f"{path}: cannot be written" in refused("editflow", flag, path)
+        assert f"{flag} {path}: cannot be written to" in refused("editflow", flag, path)
