@@ -663,7 +663,7 @@ def test_a_missing_judge_is_found_before_the_model(monkeypatch, files, tmp_path)
 def test_any_method_is_asked_in_the_same_way(monkeypatch):
     """A method's counts of passes bear its own names; what its answers depend on includes what the task says."""
 
-    def generate(model, prompts, settings, seeds, drafts=None):
+    def generate(model, prompts, settings, seeds, drafts=None, suffixes=None):
         texts = [ids[1:] for ids in prompts]
         return [Generated(ids, ids, {"leaps": seed}, draft=ids[:1]) for ids, seed in zip(texts, seeds)]
 
