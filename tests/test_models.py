@@ -24,15 +24,19 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+THETAS = {
+    "full_attention": {"rope_type": "default", "rope_theta": 50.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+}
 PADS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 
 # model_type -> (the class in transformers, what its config says beyond SIZES)
 FAMILIES = {
     "llama": ("LlamaForCausalLM", {"num_key_value_heads": 2}),
-    "llama, rope scaling": ("LlamaForCausalLM", {"rope_parameters": LLAMA3 | {"rope_theta": 500000.0}}),
+    "llama, rope scaling": ("LlamaForCausalLM", {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}, "rms_norm_eps": 0.1}),
     "llama, biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "qwen2": ("Qwen2ForCausalLM", {"num_key_value_heads": 2}),
-    "qwen3": ("Qwen3ForCausalLM", {"num_key_value_heads": 2, "head_dim": 16}),
+    "qwen3": ("Qwen3ForCausalLM", {"num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 0.1}),
     "qwen3, biases": (
         "Qwen3ForCausalLM",
         {"num_key_value_heads": 4, "head_dim": 16, "attention_bias": True, "tie_word_embeddings": True},
@@ -40,9 +44,9 @@ FAMILIES = {
     "modernbert": ("ModernBertForMaskedLM", PADS | {"local_attention": 16}),
     "modernbert, every second": (
         "ModernBertForMaskedLM",
-        PADS | {"local_attention": 6, "global_attn_every_n_layers": 2},
+        PADS | {"local_attention": 6, "global_attn_every_n_layers": 2, "norm_eps": 0.1, "rope_parameters": THETAS},
     ),
-    "bert": ("BertForMaskedLM", {}),
+    "bert": ("BertForMaskedLM", {"layer_norm_eps": 0.1}),
     "roberta": ("RobertaForMaskedLM", {}),
 }
 
@@ -288,3 +292,17 @@ def test_rows_filled_up_for_bf16_are_dropped_again(lengths, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         hidden = backbone(x)
     assert F.cosine_similarity(hidden.float(), expected).min() > 0.995
+
+
+def test_llada_has_the_settings_of_its_published_checkpoints_where_a_config_is_silent():
+    config = checkpoints.complete_config({"model_type": "llada", **SIZES})
+    assert (config.rope_theta, config.rms_norm_eps) == (500000.0, 1e-5)
+
+
+def test_random_weights_have_the_scales_that_are_documented():
+    module = nn.Sequential(nn.Linear(256, 512), nn.Linear(1024, 128), nn.Embedding(2000, 64))
+    models.init_weights(module, generator())
+    for m, std in zip(module, (1 / 16, 1 / 32, 1 / 8)):
+        assert m.weight.std().item() == pytest.approx(std, rel=0.02)
+        assert abs(m.weight.mean()) < 0.02 * std
+    assert not module[0].bias.any()

@@ -323,3 +323,36 @@ def saves_for_long(rank):
 def test_saving_may_take_longer_than_a_step(tmp_path):
     run(f"{TOY} {KINDS['mask']} --max_steps 2 --eval_strategy no --save_steps 1", tmp_path / "out", 2, saves_for_long)
     assert len(metrics(tmp_path / "out")) == 2
+
+
+def after_a_step(gradient, **settings):
+    """A linear layer of ones after one step of AdamW with the same gradient everywhere, and the optimizer."""
+    model = torch.nn.Linear(3, 2)
+    for p in model.parameters():
+        torch.nn.init.ones_(p)
+        p.grad = torch.full_like(p, gradient)
+    optimizer = parallel.adamw(model, **settings)
+    optimizer.step()
+    return model, optimizer
+
+
+def test_weight_decay_shrinks_matrices_and_leaves_vectors_alone():
+    model, _ = after_a_step(0.0, lr=0.5, beta2=0.98, weight_decay=0.1)
+    torch.testing.assert_close(model.weight.detach(), torch.full((2, 3), 1 - 0.5 * 0.1))
+    assert torch.equal(model.bias.detach(), torch.ones(2))
+
+
+def test_the_optimizer_has_the_betas_that_are_asked_for():
+    model, optimizer = after_a_step(2.0, lr=0.5, beta2=0.75, weight_decay=0.0)
+    for p in model.parameters():
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.full_like(p, (1 - 0.9) * 2))
+        torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], torch.full_like(p, (1 - 0.75) * 2**2))
+
+
+def test_gradients_are_clipped_to_the_norm_and_what_it_was_comes_back():
+    model = torch.nn.Linear(3, 1, bias=False)
+    handle = parallel.ParallelModel(model, "ddp", parallel.Ranks())
+    for max_norm, left in ((1.0, 1.0), (10.0, 3.0)):
+        model.weight.grad = torch.tensor([[2.0, 2.0, 1.0]])
+        assert float(handle.clip_gradients(max_norm)) == pytest.approx(3.0)
+        assert float(model.weight.grad.norm()) == pytest.approx(left, rel=1e-5)
