@@ -134,8 +134,8 @@ class Log:
 
 
 def open_report(to: str, out: Path, run_id: str, step: int, args):
-    """A function that takes lines of metrics.jsonl to where --report_to says, and goes on where the run does, at `step`.
-    Raises ValueError."""
+    """A function that takes lines of metrics.jsonl to where --report_to says, and goes on where the run does, at
+    `step`. Raises ValueError."""
     if to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
