@@ -28,8 +28,9 @@
    and hn follow from d0, vp and vn; the new vp and vn from d0, hp and hn of the row before, one shift away. Of hp the
    complement is stored, which shortens the chain of operations from column to column: a tenth of the time.
 
-   More than 64 rows.  The table is filled word by word, 64 rows from the first to the last column, then the next 64
-   rows. What a word must know of the word before it are hp and hn of its last row, two bits per column.
+   More than 64 rows.  The table is filled block by block, 128 rows from the first to the last column, then the next 128
+   rows. A block is two words, since a processor can work on the second while it waits for the first one's next column.
+   What a word must know of the word before it are hp and hn of its last row, two bits per column.
 
    The trace needs two bits per cell, and only these are kept: d0, and vp. Where the tokens differ, d0 = 0 says that
    substituting is optimal; else vp = 1 says that deleting is; else only inserting is left.  */
@@ -46,7 +47,7 @@ typedef struct { /* 64 rows of a column */
 
 typedef struct { /* a token of `noisy` */
     uint64_t key;  /* 1 << 32 | token; 0 where the slot is free */
-    uint64_t rows; /* eq, for any column with this token: its rows among the 64 at work; free: 0 */
+    uint64_t rows[2]; /* eq, for any column with this token: its rows in the block at work; free: 0 */
 } slot;
 
 typedef struct { /* one pair at work, without its common ends; the memory is kept from pair to pair */
@@ -54,10 +55,10 @@ typedef struct { /* one pair at work, without its common ends; the memory is kep
     int64_t n, m;
     void *memory;
     size_t capacity;
-    word *words;                        /* [words of a column][m] */
+    word *words;                        /* [blocks][m][2] */
     slot *slots;                        /* [1 << slot_bits]: a hash table */
     slot **row_slot, **column_slot;     /* [n], [m]: where the token of a row, of a column, is */
-    uint8_t *not_hp_before, *hn_before; /* [m]: of the last row of the word before */
+    uint8_t *not_hp_before, *hn_before; /* [m]: of the last row of the block before */
     int slot_bits;
 } pair;
 
@@ -76,7 +77,7 @@ static slot *find_slot(const pair *p, uint64_t key)
 /* Divides the memory into the arrays, and looks every token up. Returns -1 when out of memory. */
 static int set_up(pair *p)
 {
-    int64_t n = p->n, m = p->m, words = (n + 63) / 64 * m, slots = 2;
+    int64_t n = p->n, m = p->m, words = (n + 127) / 128 * m * 2, slots = 2;
     for (p->slot_bits = 1; slots < 4 * (n + m); p->slot_bits++) slots *= 2;
     size_t needed = words * sizeof(word) + slots * sizeof(slot) + (n + m) * sizeof(slot *) + 2 * m;
     if (needed > p->capacity) {
@@ -107,22 +108,27 @@ static void fill(const pair *p)
 {
     const int64_t n = p->n, m = p->m;
     uint8_t *not_hp_before = p->not_hp_before, *hn_before = p->hn_before;
-    for (int64_t first = 0; first < n; first += 64) {
-        int64_t end = first + 64 < n ? first + 64 : n;
+    for (int64_t first = 0; first < n; first += 128) {
+        int64_t end = first + 128 < n ? first + 128 : n;
         word *words = p->words + first / 64 * m;
-        uint64_t vp = -1, vn = 0; /* the other edge */
-        for (int64_t r = first; r < end; r++) p->row_slot[r]->rows |= (uint64_t)1 << (r - first);
+        uint64_t vp[2] = {-1, -1}, vn[2] = {0, 0}; /* the other edge */
+        for (int64_t r = first; r < end; r++) p->row_slot[r]->rows[r / 64 % 2] |= (uint64_t)1 << r % 64;
         for (int64_t c = 0; c < m; c++) {
             uint64_t not_hp_in = not_hp_before[c], hn_in = hn_before[c];
-            uint64_t eq = p->column_slot[c]->rows | hn_in;
-            uint64_t d0 = (((eq & vp) + vp) ^ vp) | eq | vn;
-            uint64_t not_hp = (d0 | vp) & ~vn, hn = d0 & vp;
-            not_hp_before[c] = not_hp >> 63, hn_before[c] = hn >> 63;
-            not_hp = not_hp << 1 | not_hp_in, hn = hn << 1 | hn_in; /* now of the row before */
-            vp = (not_hp & ~d0) | hn, vn = d0 & ~not_hp;
-            words[c] = (word){d0, vp};
+#pragma GCC unroll 2
+            for (int k = 0; k < 2; k++) {
+                uint64_t eq = p->column_slot[c]->rows[k] | hn_in;
+                uint64_t d0 = (((eq & vp[k]) + vp[k]) ^ vp[k]) | eq | vn[k];
+                uint64_t not_hp = (d0 | vp[k]) & ~vn[k], hn = d0 & vp[k];
+                uint64_t not_hp_out = not_hp >> 63, hn_out = hn >> 63;
+                not_hp = not_hp << 1 | not_hp_in, hn = hn << 1 | hn_in; /* now of the row before */
+                vp[k] = (not_hp & ~d0) | hn, vn[k] = d0 & ~not_hp;
+                words[2 * c + k] = (word){d0, vp[k]};
+                not_hp_in = not_hp_out, hn_in = hn_out;
+            }
+            not_hp_before[c] = not_hp_in, hn_before[c] = hn_in;
         }
-        for (int64_t r = first; r < end; r++) p->row_slot[r]->rows = 0;
+        for (int64_t r = first; r < end; r++) p->row_slot[r]->rows[r / 64 % 2] = 0;
     }
 }
 
@@ -134,7 +140,7 @@ static int64_t trace(const pair *p, int64_t suffix, uint8_t *script)
         int op = KEEP;
         if (p->noisy[i] != p->clean[j]) {
             int64_t r = p->n - 1 - i, c = p->m - 1 - j;
-            word w = p->words[r / 64 * p->m + c];
+            word w = p->words[(r / 128 * p->m + c) * 2 + r / 64 % 2];
             op = w.d0 >> r % 64 & 1 ? INS - (w.vp >> r % 64 & 1) : SUB;
         }
         script[k++] = op, i += op != INS, j += op != DEL;

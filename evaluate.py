@@ -182,9 +182,14 @@ def mbpp_question(record: dict) -> str:
     return "\n".join(description) + f"\nYour code should satisfy the following assertion:\n```python\n{example}\n```"
 
 
+def toy_explain(record: dict, response: str) -> str:
+    """What is wrong, "" if nothing."""
+    return toy.explain(record["messages"][0]["content"], response, record.get("suffix", ""))
+
+
 def toy_check(record: dict, response: str) -> dict[str, bool]:
     """right: the number after ####; valid: the response is one of the 18 that answer the prompt."""
-    right, valid = toy.check(record["messages"][0]["content"], response)
+    right, valid = toy.check(record["messages"][0]["content"], response, record.get("suffix", ""))
     return {"right": right, "valid": valid}
 
 
@@ -199,7 +204,7 @@ class Task:
     published: str = ""  # its name under the published data/
     package: str = ""  # that the check needs
     start: Callable[[dict], str] | None = None  # record -> what a program has in front of a response's code
-    explain: Callable[[str, str], str] | None = None  # (question, response) -> what is wrong, "" if nothing
+    explain: Callable[[dict, str], str] | None = None  # (record, response) -> what is wrong, "" if nothing
     init_num: int = 512  # for methods that start from so many tokens
 
 
@@ -229,10 +234,10 @@ TASKS = {
         system=CODE, check=mbpp_check, start=lambda record: "",
     ),
     "toy": Task(
-        question=lambda record: record["messages"][0]["content"], check=toy_check, explain=toy.explain, init_num=24,
+        question=lambda record: record["messages"][0]["content"], check=toy_check, explain=toy_explain, init_num=24,
     ),
 }  # fmt: skip
-TASKS["toy-repair"] = TASKS["toy"]  # from a corrupted response
+TASKS["toy-repair"] = TASKS["toy-infill"] = TASKS["toy"]  # from a corrupted response; between its two ends
 LIKELIHOOD = "likelihood"  # stands alone, in the section of its name
 
 
@@ -316,21 +321,23 @@ def prepare(model, tokenizer, args, name: str, samples: list[Sample]) -> tuple[d
     settings = methods.sampling_settings(method, flags, model, tokenizer)
     written = {name: getattr(args, name) for name in ("bf16", "chat_template", "raw_control_tokens")}
 
-    def encode(samples: list[Sample]) -> tuple[list, list | None]:
-        prompts = data.encode_prompts([s.messages for s in samples], tokenizer)
-        drafts = [s.record.get("draft") for s in samples]
-        return prompts, None if None in drafts else [draft_ids(tokenizer, draft) for draft in drafts]
+    def encode(samples: list[Sample]) -> tuple[list, list | None, list | None]:
+        """Prompts, and drafts and suffixes where every record has one."""
+        given = ([s.record.get(field) for s in samples] for field in ("draft", "suffix"))
+        given = [None if None in texts else [draft_ids(tokenizer, text) for text in texts] for texts in given]
+        return data.encode_prompts([s.messages for s in samples], tokenizer), *given
 
     def generate(samples: list[Sample]) -> list[dict]:
-        prompts, drafts = encode(samples)
+        prompts, drafts, suffixes = encode(samples)
         answers = []
-        for text in method.generate(model, prompts, settings, [s.seed for s in samples], drafts):
+        for text in method.generate(model, prompts, settings, [s.seed for s in samples], drafts, suffixes):
             answer = {"response": tokenizer.decode(text.response), "tokens": len(text.response)}
             answer["draft"] = None if text.draft is None else tokenizer.decode(text.draft)
             answers.append(answer | {"passes": text.passes})
         return answers
 
-    prompts, drafts = encode(samples)
+    prompts, drafts, suffixes = encode(samples)
+    prompts = [p + s for p, s in zip(prompts, suffixes)] if suffixes else prompts
     methods.check_lengths(method, prompts, settings, drafts, names=[f"question {s.id}" for s in samples])
     return vars(settings) | written, generate
 
@@ -431,9 +438,9 @@ def report(name: str, samples: list[Sample], args) -> dict:
     """Prints the verdicts on a task, and the first answers where they are asked for; returns the summary."""
     task, out = TASKS[name], Path(args.output_dir)
     rows = judge(name, samples, out, args.allow_code_execution)
-    for row in rows[: args.show_answers]:
+    for sample, row in list(zip(samples, rows))[: args.show_answers]:
         print(f"{row['prompt']}  ->  {row['response']}    {row['verdicts'] or 'not judged'}")
-        if task.explain and (wrong := task.explain(row["prompt"], row["response"])):
+        if task.explain and (wrong := task.explain(sample.record, row["response"])):
             print(f"    {wrong}")
     summary = summarise(rows) | {"judge": task.check.__doc__}
     passes = [f"{mean:.1f} {count.replace('_', ' ')}" for count, mean in summary["passes"].items()]
@@ -459,7 +466,7 @@ def report(name: str, samples: list[Sample], args) -> dict:
 @torch.no_grad()
 def likelihood(model, tokenizer, args, texts: list[tuple[str, dict]]) -> dict:
     """How many bits the model needs for a byte of the texts (of responses, prompt and suffix given): the mean over
-    draws of nats / ln 2 / bytes, and its standard error from their spread (that of the noise, not of the texts' choice).
+    draws of nats / ln 2 / bytes, and its standard error from their spread (of the noise, not of the texts' choice).
 
     texts: (place, record in normal form). Raises ValueError for a text that the tokenizer does not give back.
     """

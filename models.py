@@ -202,10 +202,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x: Ragged, extra: Tensor | None = None) -> Tensor:
+    def forward(self, x: Ragged) -> Tensor:
         c = self.config
         h = self.embed_tokens(x.ids)
-        h = h if extra is None else h + extra
         rope = rotary(x.positions, c.head_dim, c.rope_theta, c.rope_scaling)
         for layer in self.layers:
             h = run(self, layer, h, rope, x)
@@ -281,10 +280,9 @@ class ModernBert(nn.Module):
         dense = nn.Linear(D, D, bias=c.classifier_bias)
         self.head = nn.ModuleDict({"dense": dense, "norm": nn.LayerNorm(D, **norm)})
 
-    def forward(self, x: Ragged, extra: Tensor | None = None) -> Tensor:
+    def forward(self, x: Ragged) -> Tensor:
         c = self.config
-        h = self.embeddings["tok_embeddings"](x.ids)
-        h = self.embeddings["norm"](h if extra is None else h + extra)
+        h = self.embeddings["norm"](self.embeddings["tok_embeddings"](x.ids))
         head_dim = c.hidden_size // c.num_attention_heads
         full = rotary(x.positions, head_dim, c.global_rope_theta)
         local = rotary(x.positions, head_dim, c.local_rope_theta)
@@ -361,13 +359,12 @@ class Bert(nn.Module):
     def layers(self):
         return self.encoder["layer"]
 
-    def forward(self, x: Ragged, extra: Tensor | None = None) -> Tensor:
+    def forward(self, x: Ragged) -> Tensor:
         c, e = self.config, self.embeddings
         if x.max_seqlen > c.max_positions:
             raise ValueError(f"a sequence of {x.max_seqlen} tokens exceeds the model's {c.max_positions} positions")
         h = e["word_embeddings"](x.ids) + e["position_embeddings"](x.positions + c.first_position)
-        h = h + e["token_type_embeddings"].weight[0]
-        h = e["LayerNorm"](h if extra is None else h + extra)
+        h = e["LayerNorm"](h + e["token_type_embeddings"].weight[0])
         for layer in self.layers:
             h = run(self, layer, h, x)
         return self.transform["LayerNorm"](F.gelu(self.transform["dense"](h)))
@@ -429,13 +426,13 @@ def pad_rows(backbone: nn.Module) -> None:
     """
     forward = backbone.forward
 
-    def padded(x: Ragged, *extra: Tensor) -> Tensor:
+    def padded(x: Ragged) -> Tensor:
         T, filler = len(x.ids), -len(x.ids) % 64
         if not T or not filler:
-            return forward(x, *extra)
+            return forward(x)
         ends = [*range(T + x.max_seqlen, T + filler, x.max_seqlen), T + filler]
         cu_seqlens = torch.cat([x.cu_seqlens, x.cu_seqlens.new_tensor(ends)])
         longer = Ragged(F.pad(x.ids, (0, filler)), cu_seqlens, x.max_seqlen)
-        return forward(longer, *(F.pad(e, (0, 0, 0, filler)) for e in extra))[:T]
+        return forward(longer)[:T]
 
     backbone.forward = padded

@@ -68,8 +68,8 @@ def parse_args(argv=None):
         f.error("--draft is where to start; leave out --mask_length and --x0_sampler")
     if args.draft is None and (args.x0_sampler == "draft" or args.freeze):
         f.error(f"{'--freeze' if args.freeze else '--x0_sampler draft'} is about a text: give it with --draft")
-    files = args.files | ({"--prompt_file": args.prompt_file} if args.prompt_file else {})
-    given = [(flag, os.path.realpath(file)) for flag, file in files.items()]
+    files = {"--prompt_file": args.prompt_file} | args.files
+    given = [(flag, os.path.realpath(file)) for flag, file in files.items() if file]
     for (flag, file), (other, same) in combinations(given, 2):
         if file == same:
             f.error(f"{flag} and {other} name the same file")

@@ -284,7 +284,7 @@ def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None
     config, have = read_config(directory), find_tensors(directory)
     found = config.nanoedit.get("method") or methods.recognise(have)
     if found is None:
-        command = f"convert.py --to {method or ' or '.join(methods.METHODS)} -i {directory} -o OUT"
+        command = f"convert.py --to {method or ' or '.join(methods.METHODS)} -i {path} -o OUT"
         raise ValueError(f"{directory}: no heads of a method in this checkpoint; add them with `{command}`")
     if method and found != method:
         hint = "convert.py makes one from the other"

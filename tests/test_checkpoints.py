@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import editflow
+import evaluate
 import models
 import parallel
 import train
@@ -67,13 +68,16 @@ def test_save_and_load_return_every_bit(method, kind, tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_time_embedding_and_unigram_frequencies_are_part_of_a_checkpoint(tmp_path):
-    model = small(time_conditioned=True, x0_sampler="uniform[length:5]")
+def test_the_clock_and_unigram_frequencies_are_part_of_a_checkpoint(tmp_path):
+    model = small(clock=True, x0_sampler="uniform[length:5]")
     model.unigram.copy_(torch.arange(V) / sum(range(V)))
+    torch.nn.init.normal_(model.clock.weight)
     checkpoints.save(model, tmp_path)
     back = checkpoints.load(tmp_path)
     assert torch.equal(back.unigram, model.unigram)
-    assert torch.equal(back(batch(4), torch.tensor([0.5])), model(batch(4), torch.tensor([0.5])))
+    s = torch.tensor([0.1, 0.5, 0.9, 1.0])
+    rates, expected = (m.log_rates(m.at(m(batch(4)), s), s) for m in (back, model))
+    assert torch.equal(rates, expected)
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
@@ -573,16 +577,20 @@ HOLD = "import sys, time; from pathlib import Path; from plumbing import checkpo
 HOLD += "checkpoints.lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
 
 
-def test_a_second_run_in_an_output_directory_says_who_holds_it(tmp_path, signals_as_before, tiny_is_even_smaller):
-    root = Path(train.__file__).parent
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / ".lock"], cwd=root, stdout=subprocess.PIPE)
+@pytest.mark.parametrize(
+    ("main", "flags", "file"),
+    [(train.main, f"{RUN} --max_steps 1", ".lock"), (evaluate.main, "--path RUN --task toy --limit 1", ".rank0.lock")],
+)
+def test_a_second_run_in_a_directory_says_who_holds_it(main, flags, file, finished, tmp_path, signals_as_before):
+    root, flags = Path(train.__file__).parent, f"{flags} --output_dir {tmp_path}".replace("RUN", str(finished)).split()
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / file], cwd=root, stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(OSError, match=f"--output_dir {tmp_path}: process {holder.pid} on .* writes to it"):
-            train.main(f"{RUN} --output_dir {tmp_path}".split())
-        assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+            main(flags)
+        assert [file.name for file in tmp_path.iterdir()] == [file]
     finally:
         holder.kill()
         holder.wait()
     for _ in range(2):  # the lock died with its owner; and whoever holds it may take it again
-        assert train.main(f"{RUN} --max_steps 1 --output_dir {tmp_path}".split()) == 0
+        assert not main(flags)

@@ -228,7 +228,7 @@ def test_bf16_without_units_for_it_is_one_line_and_float32(script, tmp_path, mon
     PARSERS[script].main({
         "sample": f"--model_name_or_path {flow} --steps 2 --bf16",
         "evaluate": f"--path {flow} --task toy --limit 2 --steps 2 --output_dir {tmp_path}/evaluation --bf16",
-        "train": f"--method editflow --max_steps 1 --dataset_args toy[train:8] --output_dir {tmp_path}/out --bf16",
+        "train": f"--method editflow --max_steps 1 --dataset_args toy[train:8,test:2] --output_dir {tmp_path} --bf16",
     }[script].split())  # fmt: skip
     assert capsys.readouterr().err.count("--bf16: no bf16 units here") == 1
     assert seen == {torch.float32}

@@ -374,6 +374,18 @@ def test_published_edit_flows_checkpoints_convert_with_their_heads(tmp_path):
     assert torch.equal(medlm_model.lm_head.weight[:KNOWN], heads["sub_logits.weight"][:KNOWN])
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_causal_model_made_bidirectional_by_the_published_system(tmp_path, kind):
+    """Its model type begins with a2d-. What is made of it has the published settings, unless flags say otherwise."""
+    model = make_source(tmp_path / "in", kind)
+    edit_json(tmp_path / "in/config.json", model_type=f"a2d-{kind}")
+    assert_agrees(run(tmp_path / "in", tmp_path / "medlm", "medlm"), model)
+    published = {"schedule": "linear", "x0_sampler": "masks[length:64]"}
+    for flags, changed in ((), {}), (("--x0_sampler", "empty"), {"x0_sampler": "empty"}):
+        out = run(tmp_path / "in", tmp_path / f"flow{len(flags)}", "editflow", *flags)
+        assert (published | changed).items() <= checkpoints.load(out).config.nanoedit.items()
+
+
 # ---------------------------------------------------------------------------------------------------- tokens
 
 
@@ -477,11 +489,13 @@ def test_settings_dtype_and_seed(tmp_path):
     out = run(tmp_path / "in", tmp_path / "a", "editflow", *flags)
     assert {t.dtype for t in all_tensors(out).values()} == {torch.bfloat16}
     model = checkpoints.load(out)
-    settings = {"method": "editflow", "schedule": "linear", "x0_sampler": "uniform[length:9]", "time_conditioned": True}
+    settings = {"method": "editflow", "schedule": "linear", "x0_sampler": "uniform[length:9]", "clock": True}
+    settings |= {"prompt_dropout": 0.0}
     assert model.config.nanoedit == settings
     assert model.unigram.std() == 0
-    assert torch.equal(model(BATCH, torch.zeros(4)), model(BATCH, torch.ones(4)))  # t adds exactly nothing yet
-    assert model.rate_heads(model(BATCH, torch.zeros(len(BATCH)))).mean() < 0.3
+    hidden, s = model(BATCH), torch.full((len(BATCH.ids),), 0.3)
+    assert torch.equal(model.at(hidden, s), hidden)  # the clock changes no token yet
+    assert model.log_rates(hidden, s).exp().mean() < 0.3
     same = all_tensors(run(tmp_path / "in", tmp_path / "b", "editflow", *flags))
     other = all_tensors(run(tmp_path / "in", tmp_path / "c", "editflow", *flags, "--seed", 1))
     assert all(torch.equal(t, same[name]) for name, t in all_tensors(out).items())
