@@ -385,7 +385,8 @@ def test_a_roberta_prompt_may_fill_the_positions_that_are_really_there(tmp_path,
 
 
 def test_what_is_said_about_flags_that_do_not_fit_the_model(refused):
-    assert "--draft is for Edit Flows" in refused("medlm", "--draft", "That makes 8.", *STEPS)
+    draft = ("--draft", "That makes 8.", "--repair", "remask")
+    assert "--repair remask fills again" in refused("medlm", *draft, *STEPS)
     assert "give one with --draft" in refused("draft", "--prompt", PROMPT)
     assert "x0_sampler 'noise' is not known; choose from empty" in refused("editflow", "--x0_sampler", "noise")
     assert "token frequencies" in refused("editflow", "--x0_sampler", "uniform[length:4]")
