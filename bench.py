@@ -81,7 +81,7 @@ def bench_edit_distance(args):
 
     Ours starts from a list of int64 arrays and ends with a list of scripts. rapidfuzz gets strings, one character per
     token, the input on which it is fastest, and once more lists of integers; making them is not counted. Times are CPU
-    times of one core; the last column is the gain in wall time of a second thread.
+    times of one core.
     """
     try:
         from rapidfuzz.distance.Levenshtein import editops
@@ -96,21 +96,20 @@ def bench_edit_distance(args):
 
     rng = np.random.default_rng(args.seed)
     print(f"microseconds per pair, and how often edit_scripts is faster; vocabulary {args.vocab}")
-    print("length  noise  edit_scripts | rapidfuzz   ratio | from lists   ratio | 2 threads")
+    print("length  noise  edit_scripts | rapidfuzz   ratio | from lists   ratio")
     for length, noise in product(args.lengths, args.noise):
         clean = [rng.integers(0, args.vocab, length) for _ in range(args.pairs)]
         noisy = [add_noise(rng, x, noise, args.vocab) for x in clean]
         lists = [(x.tolist(), y.tolist()) for x, y in zip(noisy, clean)]
         strings = [(as_string(x), as_string(y)) for x, y in lists]
-        one, two = partial(edit_scripts, noisy, clean), partial(edit_scripts, noisy, clean, threads=2)
-        contestants = {"ours": warm(one), "strings": warm(pairwise(strings)), "lists": warm(pairwise(lists))}
+        ours = warm(partial(edit_scripts, noisy, clean))
+        contestants = {"ours": ours, "strings": warm(pairwise(strings)), "lists": warm(pairwise(lists))}
         s = take_turns(contestants, args.repeats, time.process_time)
         us = {name: 1e6 * median(times) / (args.pairs * args.passes) for name, times in s.items()}
-        wall = take_turns({"one": one, "two": two}, args.repeats)
         print(
             f"{length:6} {noise:6.0%} {us['ours']:13.2f} |"
             f" {us['strings']:9.2f} {ratio(s['strings'], s['ours']):6.2f}x |"
-            f" {us['lists']:10.2f} {ratio(s['lists'], s['ours']):6.2f}x | {ratio(wall['one'], wall['two']):8.2f}x",
+            f" {us['lists']:10.2f} {ratio(s['lists'], s['ours']):6.2f}x",
             flush=True,
         )
 

@@ -102,11 +102,17 @@ class Schedule(NamedTuple):
         return min(1.0, (self.at(t_next) - self.at(t)) / max(1 - self.at(t), 1e-12))
 
 
+PUBLISHED_SCHEDULES = {
+    "LinearKappaScheduler": "linear", "CosineKappaScheduler": "cosine", "CubicKappaScheduler": "cubic[a:1,b:1]"
+}  # fmt: skip
+
+
 @cache
 def parse_schedule(spec: str) -> Schedule:
     """linear | cosine | cubic (t^3, the paper's choice) | cubic[a:A,b:B], with kappa(0) = 0 and kappa(1) = 1:
     (a + 1) t^3 - (a + b + 1) t^2 + (b + 1) t. Raises ValueError for other names and where kappa would fall.
     """
+    spec = PUBLISHED_SCHEDULES.get(spec, spec)
     name, arguments = parse_spec(spec, {"linear": (), "cosine": (), "cubic": ("a", "b")}, "schedule")
     if name == "linear":
         return Schedule(lambda t: t, lambda t: torch.ones_like(t))
@@ -196,7 +202,7 @@ class Model(nn.Module):
         super().__init__()
         stored = stored or {}
         if stored.get("time_conditioned"):
-            raise ValueError("this checkpoint was trained with t at the input, which is not read any more; train anew")
+            raise ValueError("checkpoints with t at the input are not read any more; convert.py --to editflow drops it")
         self.model = backbone
         self.rate_heads = nn.Sequential(nn.Linear(D, 3), nn.Softplus())  # lambda of SUBSTITUTE, DELETE, INSERT
         self.sub_logits = nn.Linear(D, V, bias=bias)  # what a substituted token becomes
@@ -270,7 +276,7 @@ class PathBatch:
 
 def path(
     prompts: list, x0: list, x1: list, t: Tensor, schedule: Schedule, generator: torch.Generator, *,
-    suffixes: list | None = None, normalize: str = "length", max_w: float = MAX_W,
+    suffixes: list | None = None, normalize: str = "batch", max_w: float = MAX_W,
     substituted: float | None = None, propagation: float = 0.0,
 ) -> PathBatch:  # fmt: skip
     """Draw x_t given (x0, x1) for every sequence: align, flip each column with probability kappa(t), drop the gaps.
@@ -293,7 +299,7 @@ def path(
         z0, z1, columns = map(torch.from_numpy, align_batch(parts0, parts1))
     part = torch.arange(len(parts0)).repeat_interleave(columns)  # 3 b + 0, 1, 2: prompt, response, suffix of text b
     batch, t = part // 3, t.double()
-    chance = torch.rand(len(z0), generator=generator, dtype=torch.float64)
+    chance = torch.rand(len(z0), generator=generator).double()
     if propagation:
         flipped = spread(schedule.inverse(chance), part, propagation, generator) <= t[batch]
     else:
@@ -624,20 +630,21 @@ TITLE = "Edit Flows"
 HEADS = ("sub_logits", "ins_logits")
 TOKENS = ()
 PACKED = False
+PUBLISHED = {"schedule": "linear", "x0_sampler": "masks[length:64]", "temperature": 0.0}
 
 
 def model_flags(f) -> None:
     f.text("--x0_sampler", read=parse_source,
            help="start: empty, masks[length:64], uniform[length:100], draft (default: the checkpoint's, else empty)")
-    f.text("--schedule", read=parse_schedule,
+    f.text("--schedule", "--scheduler_cls", read=parse_schedule,
            help="kappa: linear, cosine, cubic, cubic[a:A,b:B] (default: the checkpoint's, else cubic)")
-    f.flag("--time_conditioned", help="the heads of a new model know t")
+    f.flag("--time_conditioned", default=None, help="the heads of a new model know t (default: True)")
     f.number("--prompt_dropout", low=0, below=1,
              help="share of the examples shown without prompt, for --guidance (default: the checkpoint's, else 0)")
 
 
 def training_flags(f) -> None:
-    f.choice("--normalize", choices=list(NORMALIZERS), default="length",
+    f.choice("--normalize", choices=list(NORMALIZERS), default="batch",
              help="divide a text's loss by its own length, by the mean length of the batch, or not at all")
     f.choice("--alignment", choices=["canonical", "random"],
              help="of start and text: a shortest edit script, or the paper's (default: random for uniform)")
@@ -664,7 +671,7 @@ def remember(args, stored: dict) -> dict:
     x0_sampler = args.x0_sampler or stored.get("x0_sampler", "empty")
     parse_schedule(schedule), parse_source(x0_sampler)
     dropout = stored.get("prompt_dropout", 0.0) if args.prompt_dropout is None else args.prompt_dropout
-    clock = bool(args.time_conditioned or stored.get("clock"))
+    clock = stored.get("clock", False) or bool(args.time_conditioned) if stored else args.time_conditioned is not False
     return {"schedule": schedule, "x0_sampler": x0_sampler, "clock": clock, "prompt_dropout": dropout}
 
 
@@ -677,7 +684,7 @@ def start(model, settings, examples: list, resumed: bool) -> None:
     """Takes token frequencies from the examples where x0 is drawn from them, and checks that all of x_t will fit."""
     kind, length = parse_source(settings.x0_sampler)
     if settings.clock and not model.has_clock:
-        raise ValueError("--time_conditioned is for new models; this one was made without it")
+        raise ValueError("--time_conditioned is for new models, and for `convert.py`; this one was made without it")
     if kind == "uniform" and not (resumed and hasattr(model, "unigram")):
         tokens = torch.tensor([token for e in examples for token in e.response])
         counts = torch.bincount(tokens, minlength=model.sub_logits.out_features).float()

@@ -16,10 +16,13 @@ from contextlib import suppress
 from itertools import accumulate, combinations
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py, and before torch
+
 import torch
 from tqdm import tqdm
 
 import data
+import parallel
 from plumbing import checkpoints, cli, methods
 from plumbing.picture import Trace, show, write_gif, write_html
 
@@ -34,14 +37,15 @@ def parse_args(argv=None):
         f.choice("--prompt", type=cli.text, nargs="+", help="one or more prompts; without any: text from scratch")
         f.choice("--prompt_file", help="many prompts in one batch: one per line (.txt) or record (.jsonl, .json, ...)")
         f.flag("--interactive", help="chat on the terminal; an empty line generates from scratch")
-    f.flag("--chat_template", default=True,
-           help="wrap prompts in the checkpoint's chat template, if it was trained with one")
+    f.choice("--text_field", help="field of a record of --prompt_file that holds a prompt alone")
+    data.add_flags(f)
     f.choice("--suffix", type=cli.text, help="what stands behind the text: a middle of unknown length is written")
     f.choice("--draft", type=cli.text, help="a text to edit, instead of starting from masks or nothing")
     f.choice("--freeze", type=cli.text, nargs="+", metavar="PART", help="parts of --draft that must stay as they are")
     f.integer("--num_samples", low=1, default=1, help="texts per prompt, with seeds seed, seed + 1, ...")
     f.integer("--batch_size", low=1, default=32, help="texts generated at once")
     f.integer("--seed", low=0, default=0, help="of the first text of each prompt")
+    f.group("output")
     f.choice("--output", default="-", help="a .jsonl file for the results (- prints them)")
     f.flag("--bf16", help="compute in bf16")
     f.flag("--show", help="watch the first text being written on the terminal")
@@ -76,16 +80,20 @@ class Sampler:
     """A checkpoint, and the settings with which it is asked."""
 
     def __init__(self, directory: Path, args, device: str):
-        self.model, self.tokenizer = checkpoints.open_for_inference(directory, device, args.bf16)
+        bf16 = parallel.bf16_if_possible(args.bf16, device)
+        self.model, self.tokenizer = checkpoints.open_for_inference(directory, device, bf16)
         self.method, self.args = methods.of(self.model), args
+        self.tokenizer.configure(args.chat_template, args.raw_control_tokens)
         self.settings = methods.sampling_settings(self.method, args, self.model, self.tokenizer)
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """A conversation as the model was trained to see it; without messages the beginning-of-text token alone."""
-        return data.encode_prompt(messages, self.tokenizer, chat_template=self.args.chat_template)
+        return data.encode_prompt(messages, self.tokenizer)
 
     def generate(self, prompts, seeds, on_step=None, **given):
         """given: drafts, keep, suffixes."""
+        fixed = [p + s for p, s in zip(prompts, given.get("suffixes", [[]] * len(prompts)))]
+        methods.check_lengths(self.method, fixed, self.settings, given.get("drafts"))
         return self.method.generate(self.model, prompts, self.settings, seeds, **given, on_step=on_step)
 
     def trace(self, prompt: list[int], live=None) -> Trace:
@@ -117,10 +125,12 @@ def frozen_tokens(tokenizer, draft: list[int], parts: list[str]) -> list[bool]:
 
 def main(argv=None):
     args = parse_args(argv)
-    check_writable(*args.files.values())
+    for flag, file in args.files.items():  # now rather than after the work is done
+        checkpoints.check_writable(Path(file), f"{flag} {file}")
+    named = data.named_fields(args)
     conversations = [[{"role": "user", "content": p}] for p in args.prompt or []] or [[]]
     if args.prompt_file:
-        conversations = data.read_prompts(args.prompt_file)
+        conversations = data.read_prompts(args.prompt_file, named)
         if not conversations:
             raise ValueError(f"{args.prompt_file}: holds no prompt")
     directory = checkpoints.local_path(args.model_name_or_path)
@@ -128,7 +138,8 @@ def main(argv=None):
     if args.interactive:
         return interact(sampler)
 
-    jobs = [(c, sampler.prompt(c), args.seed + k) for c in conversations for k in range(args.num_samples)]
+    asked = list(zip(conversations, data.encode_prompts(conversations, sampler.tokenizer)))
+    jobs = [(c, ids, args.seed + k) for c, ids in asked for k in range(args.num_samples)]
     given = {"drafts": args.draft, "suffixes": args.suffix}
     given = {name: draft_ids(sampler.tokenizer, text) for name, text in given.items() if text is not None}
     if args.freeze:
@@ -169,20 +180,6 @@ def main(argv=None):
         print(f"decode written to {file}", file=sys.stderr)
 
 
-def check_writable(*files) -> None:
-    """Raises OSError now rather than after the work is done."""
-    for file in map(Path, files):
-        try:
-            is_new = not file.exists()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(file, "a", encoding="utf-8"):
-                pass
-            if is_new:
-                file.unlink()
-        except OSError as e:
-            raise OSError(f"{file}: cannot be written ({e.strerror or e}); choose another path") from None
-
-
 def write_result(out, messages, generated, seed: int, tokenizer, count: int) -> None:
     """One JSON line into a file; on the terminal the text itself, with a heading where there are several."""
     prompt, text = messages[-1]["content"] if messages else "", tokenizer.decode(generated.response)
@@ -213,7 +210,7 @@ def interact(sampler: Sampler) -> None:
         import readline
 
         readline.parse_and_bind("set enable-bracketed-paste on")  # many lines that are pasted are one message
-    templated = sampler.args.chat_template and sampler.tokenizer.chat_template is not None
+    templated = sampler.tokenizer.writes_chats
     print("Chat." if templated else "Raw continuation.", HELP)
     history, turn = [], 0
     while True:
@@ -225,6 +222,7 @@ def interact(sampler: Sampler) -> None:
                 continue
             messages = [*history, {"role": "user", "content": line}] if line else []
             ids = sampler.prompt(messages)
+            methods.check_lengths(sampler.method, [ids], sampler.settings)
             trace = sampler.trace(ids, live=sys.stdout)
             text = sampler.generate([ids], [sampler.args.seed + turn], on_step=trace.on_step)[0]
             trace.finish([*ids, *text.tokens])

@@ -7,6 +7,7 @@
 # Not run by us at this size. RESULTS.md has the arithmetic: a step takes up to 57 GiB per GPU with --parallel fsdp (computed), and
 # does not fit into 80 with ddp or with fsdp --reshard_after_forward False.
 set -euo pipefail
+[ "${1:-}" != --help ] || exec sed -n "2,/^set/s/^#//p" "$0"
 TEXT=$(realpath "${1:?usage: recipes/medlm_8b.sh TEXT.jsonl DIALOGUES.jsonl}") TALK=$(realpath "${2:?usage: recipes/medlm_8b.sh TEXT.jsonl DIALOGUES.jsonl}")
 cd "$(dirname "$0")/.."
 COMMON="--method medlm --seed 3407 --max_len 2048 --warmup_steps 100 --logging_steps 1 --lr_scheduler_type cosine --bf16

@@ -30,7 +30,7 @@ import data
 import medlm
 import toy
 from edit_distance import distance
-from plumbing import checkpoints, methods
+from plumbing import checkpoints, cli, methods
 from plumbing.tokenizer import load_tokenizer
 from ragged import DEL, GAP, SUB, Ragged
 from recipes.plot import plot_means
@@ -183,4 +183,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -17,6 +17,7 @@ from fleet import ALONE, metrics
 from safetensors.torch import load_file
 
 import data
+import editflow
 import medlm
 import parallel
 import sample
@@ -164,7 +165,7 @@ def test_continued_training_from_a_checkpoint_keeps_its_settings(tmp_path):
     settings = checkpoints.load(second).config.nanoedit
     assert settings["schedule"] == "linear"
     assert settings["x0_sampler"] == "masks[length:5]"
-    assert settings["time_conditioned"] is True
+    assert settings["clock"] is True
 
 
 def test_copy_head_starts_the_second_head_as_the_first(tmp_path, monkeypatch):
@@ -216,6 +217,56 @@ def test_a_model_with_more_rows_than_tokens_keeps_them(tmp_path):
     out = tmp_path / "out"
     run("editflow", out, f"--model_name_or_path {tmp_path}/wide --x0_sampler uniform[length:6] --max_steps 1")
     assert checkpoints.load(out).unigram.shape == (rows,)
+
+
+PAIRS = [{"prompt": f"Count to {n}.", "response": "0123456789" * n} for n in (1, 9)] * 20
+
+
+def lengths(tmp_path, monkeypatch, flags) -> set:
+    """(tokens of the prompt, of the response) of what is trained on."""
+    seen, prepare = set(), editflow.prepare
+
+    def watched(model, examples, *args):
+        seen.update((len(e.prompt), len(e.response)) for e in examples)
+        return prepare(model, examples, *args)
+
+    monkeypatch.setattr(editflow, "prepare", watched)
+    file = jsonl(tmp_path / "pairs.jsonl", *PAIRS)
+    run("editflow", tmp_path / "out", f"--dataset_args {file}[test:0] --vocab_size 300 --max_length 60 {flags}")
+    monkeypatch.undo()
+    return seen
+
+
+def test_long_dialogues_are_left_out_or_lose_their_end(tmp_path, monkeypatch):
+    short = lengths(tmp_path, monkeypatch, "--max_steps 5")
+    ((prompt, response),) = short
+    flags = "--max_steps 5 --truncation right --overwrite_output_dir"
+    assert lengths(tmp_path, monkeypatch, flags) == {(prompt, response), (prompt, 60 - prompt)}
+
+
+def test_prompts_can_be_learned(tmp_path, monkeypatch):
+    ((prompt, response),) = lengths(tmp_path, monkeypatch, "--max_steps 5")
+    flags = "--max_steps 5 --mask_prompt_loss False --overwrite_output_dir"
+    assert lengths(tmp_path, monkeypatch, flags) == {(1, prompt - 1 + response)}
+
+
+@pytest.mark.parametrize("streaming", ["", "--streaming"])
+def test_several_files_and_patterns(streaming, tmp_path, capsys):
+    (tmp_path / "b").mkdir()
+    for name in ("a1.jsonl", "a2.jsonl", "b/c.jsonl"):
+        jsonl(tmp_path / name, *PAIRS)
+    files = f"{tmp_path}/a*.jsonl[test:10] {tmp_path}/b/c.jsonl"
+    flags = f"--vocab_size 300 --max_length 200 --max_steps 2 {streaming}"
+    assert run("editflow", tmp_path / "out", f"{flags} --train_file {files}") == 0
+    state = json.loads((tmp_path / "out/checkpoint-final/train_state.json").read_text())
+    assert state["args"]["dataset_args"] == files.replace(" ", " + ")
+    said = capsys.readouterr().err
+    assert streaming or ("70 dialogues" in said and "38 dialogues" in said)
+
+
+def test_a_pattern_that_fits_no_file(tmp_path, refused):
+    line = refused(f"--method editflow --train_file {tmp_path}/*.jsonl --output_dir {tmp_path}/out")
+    assert f"{tmp_path}/*.jsonl: no such file" in line
 
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 60
@@ -355,6 +406,32 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path):
     for name in ("loss", "loss_ins", "lr", "eval_loss"):
         expected = {line["step"]: line[name] for line in lines_of(tmp_path) if name in line}
         assert {e.step: e.value for e in board.Scalars(name)} == pytest.approx(expected)
+
+
+def test_wandb_holds_what_metrics_jsonl_holds_and_a_run_that_goes_on_goes_on_there(tmp_path, monkeypatch):
+    started, logged = [], {}
+
+    def init(**options):
+        started.append(options)
+        return SimpleNamespace(log=lambda record, step: logged.setdefault(step, {}).update(record))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError, __spec__=1))
+    for steps in (3, 5):
+        run("editflow", tmp_path, f"--max_steps {steps} --report_to wandb --eval_steps 1")
+    for line in lines_of(tmp_path):
+        assert line.items() <= logged[line["step"]].items()
+    assert started[0]["id"] == started[1]["id"]
+    assert started[0]["dir"] == tmp_path
+    assert started[0]["config"]["max_steps"] == 3
+
+
+def test_wandb_that_cannot_start_is_one_line(tmp_path, monkeypatch, refused):
+    def init(**options):
+        raise RuntimeError("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError, __spec__=1))
+    flags = f"{TOY} --method editflow --max_steps 1 --report_to wandb --output_dir"
+    assert "--report_to wandb: no API key" in refused(f"{flags} {tmp_path}/out")
 
 
 # ---------------------------------------------------------------------------------------------------- many processes
@@ -545,7 +622,7 @@ def test_special_tokens_inside_held_out_responses_are_found_before_the_first_ste
     pair = {"prompt": "Count to three.", "response": "one two three"}
     jsonl(folder / "train.jsonl", *[pair] * 40)
     jsonl(folder / "test.jsonl", pair | {"response": "one <|del|> three"})
-    flags = "--method medlm --vocab_size 300 --max_length 96 --max_steps 2 --intermediate_ratio 1"
+    flags = "--method medlm --vocab_size 300 --max_length 96 --max_steps 2 --intermediate_ratio 1 --raw_control_tokens"
     line = refused(f"{flags} --train_file {folder} --output_dir {tmp_path}/out")
     assert "del token" in line
     assert "one" in line
