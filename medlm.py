@@ -482,9 +482,10 @@ def decode(
         count = torch.full_like(passes, max_edits or -(-init_num // max(mask_passes, 1)))
         x = close_draft(remask(model, filled, sure, int(repairing.max()), tokens, count, on_pass), tokens)
     passes = [{"mask_passes": m, "edit_passes": e} for m, e in zip(filling.tolist(), repairing.tolist())]
+    end = [] if suffixes else [tokens["eos"]]
     return [
-        Generated(text, row[len(prompt) :], used, start)
-        for prompt, start, text, row, used in zip(prompts, contents(draft), contents(x), x.unpack(), passes)
+        Generated(text, [*text, *end], used, start)
+        for text, used, start in zip(contents(x), passes, contents(draft))
     ]
 
 

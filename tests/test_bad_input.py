@@ -310,7 +310,7 @@ PLACES = [  # command: flags that name something else -> what is named, if not t
     "train run: --model_name_or_path flow --lora", "train flow: --max_length 4000000",
     "train flow: --output_dir flow --overwrite_output_dir", "sample flow: --mask_length 1000000 -> positions",
     f"sample flow: --prompt '{'Ann ' * 5000}' -> positions", "sample medlm: --init_num 4000000000 -> positions",
-    "sample flow: --x0_sampler uniform[length:4] -> uniform",
+    "sample flow: --x0_sampler uniform[length:4] -> uniform", "sample medlm: --draft Ann --repair remask -> repair",
     "convert flow: --merge_lora", "convert adapted: --merge_lora False -> --merge_lora", "convert flow: -o flow",
     "convert flow: --revision v2 -i owner/name", "evaluate flow: --x0_sampler uniform",
     "evaluate flow: --x0_sampler draft", "evaluate medlm: --init_num 4000000000 -> positions",

@@ -717,6 +717,17 @@ def test_edits_below_the_least_odds_are_not_made():
         assert (op == SUB).sum() == wanted
 
 
+def test_edits_are_counted_by_kind():
+    """Wanted: 0 becomes 1, 2 goes, 3 comes behind. Made: 0 becomes 4, 2 goes, 1 goes, 3 and 4 come."""
+    from recipes.toy_table import count_edits
+
+    x = closed(([9], [0, 5, 2, 6, 7, 1]))
+    op = torch.tensor([KEEP, SUB, KEEP, DEL, KEEP, KEEP, DEL, KEEP], dtype=torch.uint8)
+    sub, ins = x.ids.index_fill(0, torch.tensor([1]), 4), torch.full_like(x.ids, GAP)
+    ins[0], ins[5] = 4, 3
+    assert count_edits(x, (op, sub, ins), [[1, 5, 6, 7, 3, 1]], TOKENS).tolist() == [[1, 1, 0], [1, 2, 1], [1, 2, 1]]
+
+
 def test_without_room_to_insert_a_limited_pass_deletes_first():
     """The surest single edit is an insertion that does not fit until the deletion at the end has been made."""
     case = {20: (1, [0, 0, 1, 1, 1, 0, 2, 2, 0], [0, 0, 1, 1, 1, 1, 0, 2, 2])}
@@ -806,16 +817,15 @@ def test_no_token_of_a_frozen_span_ever_changes_moves_or_is_split(cases, seed, d
     )  # fmt: skip
     texts = [[x.unpack() for x in (x, apply_edits(x, *edits))] for x, *edits, _ in states]
     texts = [rows for pair in texts for rows in pair]
-    texts.append([prompt + d.tokens for (prompt, *_), d in zip(cases, decoded)])
+    ends = [[*suffix, EOS] if suffixed else [] for *_, suffix in cases]
+    texts.append([prompt + d.tokens + end for (prompt, *_), d, end in zip(cases, decoded, ends)])
     for rows in texts:
         for row, (prompt, span, suffix) in zip(rows, cases):
             suffix = [*suffix, EOS] if suffixed else []
             assert row[: len(prompt)] == prompt
             assert row[len(row) - len(suffix) :] == suffix
             assert holds(row, frozen_spans(prompt, span if drafted else [], suffix))
-    for d, (*_, suffix) in zip(decoded, cases):
-        suffix = [*suffix, EOS] if suffixed else [EOS]
-        assert d.tokens == d.response + suffix
+    assert all(d.tokens == d.response + ([] if suffixed else [EOS]) for d in decoded)
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), texts, texts, suffixes), min_size=1, max_size=4))
@@ -844,7 +854,7 @@ def test_the_masks_stand_between_prompt_and_suffix_and_no_text_outgrows_the_posi
             edit_diffusion_step=6, max_positions=7, on_step=lambda t, x, *_, rows=rows: rows.append(x.unpack()),
         )  # fmt: skip
         assert rows[0] == [[1, 2, *[MASK] * 4, 7, EOS], [3, *[MASK] * 4, 5, 6, EOS]]
-        assert all(len(d.tokens) + n <= 8 for d, n in zip(decoded, (2, 1)))
+        assert all(len(d.tokens) + n <= 8 for d, n in zip(decoded, (4, 4)))  # with prompt and suffix
 
 
 def test_behind_a_response_its_suffix_is_the_label_even_where_the_wanted_text_goes_on_as_the_suffix_does():

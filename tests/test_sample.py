@@ -409,6 +409,8 @@ def test_a_roberta_prompt_may_fill_the_positions_that_are_really_there(tmp_path,
 
 
 def test_what_is_said_about_flags_that_do_not_fit_the_model(refused):
+    draft = ("--draft", "That makes 8.", "--repair", "remask")
+    assert "--repair remask fills again" in refused("medlm", *draft, *STEPS)
     assert "'9' does not occur in --draft" in refused("medlm", "--draft", "That makes 8.", "--freeze", "9", *STEPS)
     assert "nothing is left to edit" in refused("medlm", "--draft", "That makes 8.", "--freeze", "That makes 8.")
     assert "--prompt_dropout" in refused("editflow", "--guidance", "1", *STEPS)
