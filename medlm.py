@@ -174,16 +174,15 @@ def free_lengths(x: Ragged, counted: Tensor | bool = True) -> Tensor:
 
 @torch.no_grad()
 def likelihood(model: nn.Module, examples, settings, rng: torch.Generator) -> Tensor:
-    """For each example an unbiased estimate, in nats, of an upper bound of -log p(response + suffix | prompt): that of
-    `mask_batch`, the mean over orders, here of the suffix's tokens, too. float64 [B]; settings: `tokens` in it.
+    """For each example an unbiased estimate, in nats, of an upper bound of -log p(response | prompt, suffix): that of
+    `mask_batch`, the mean over orders. float64 [B]; settings: `tokens` in it.
 
     The number of masks k is uniform on 1 ... length (stratified over the batch), which k of the tokens is uniform, and
     the estimate is  length / k * sum_i CE_i:  where k masks are left in a random order, each of them is the next one
     with probability 1 / k. That is the integral over t of the loss with weight 1/t, done exactly, and without a floor.
     """
     x = pack_examples(examples)
-    target = x.positions >= torch.tensor([len(e.prompt) for e in examples])[x.batch]
-    row, length = target.nonzero().flatten(), torch.bincount(x.batch[target], minlength=len(x))
+    row, length = (x.frozen == FREE).nonzero().flatten(), free_lengths(x)
     k = 1 + (stratified(len(x), 0, 1, rng) * length).long().minimum(length - 1)
     row = row[highest(torch.rand(len(row), generator=rng, dtype=torch.float64), x.batch[row], k)]
     device, size = next(model.parameters()).device, max(1, CHUNK // model.lm_head.out_features)

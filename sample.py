@@ -222,7 +222,6 @@ def interact(sampler: Sampler) -> None:
                 continue
             messages = [*history, {"role": "user", "content": line}] if line else []
             ids = sampler.prompt(messages)
-            methods.check_lengths(sampler.method, [ids], sampler.settings)
             trace = sampler.trace(ids, live=sys.stdout)
             text = sampler.generate([ids], [sampler.args.seed + turn], on_step=trace.on_step)[0]
             trace.finish([*ids, *text.tokens])

@@ -10,8 +10,8 @@ A method is a module with
     loss            (model, batch) -> (scalar, metrics for the log)
     generate        (model, prompts, settings, seeds, drafts=None, suffixes=None, keep=None, on_step=None) -> list of
                     ragged.Generated: texts between prompt and suffix, from drafts of which the tokens in keep stay
-    likelihood      (model, examples, settings, rng) -> float64 scalar: an unbiased estimate, in nats, of an upper bound
-                    of the sum of -log p(response | prompt, suffix); where EXACT is true, the sum itself
+    likelihood      (model, examples, settings, rng) -> float64: an unbiased estimate, in nats, of an upper bound of
+                    -log p(response | prompt, suffix), one for each example or their sum; exact where EXACT is true
     passes          (settings): the most forward passes that a batch takes
     start_length    (settings): the tokens that a response starts with
 

@@ -20,5 +20,9 @@ echo "All held-out prompts, 32 steps each:"
 $PYTHON evaluate.py --path "$OUT" --task toy --tau 0.03125 --batch_size 304 --show_answers 12 --output_dir "$OUT/evaluation"
 
 echo
-$PYTHON sample.py --model_name_or_path "$OUT" --prompt "Cora has 4 apples, gets 9:" --steps 32 --temperature 0 --seed 1 \
-  --show --make_gif decode_trace.gif
+echo "64 steps, each of which takes back a little of what was written (the corrector):"
+$PYTHON evaluate.py --path "$OUT" --task toy --steps 64 --corrector 2 --batch_size 304 --output_dir "$OUT/corrected"
+
+echo
+$PYTHON sample.py --model_name_or_path "$OUT" --prompt "Cora has 4 apples, gets 9:" --steps 64 --corrector 2 --temperature 0 \
+  --seed 1 --show --make_gif decode_trace.gif

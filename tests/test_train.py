@@ -486,7 +486,7 @@ def test_ctrl_c_and_errors_as_the_shell_sees_them(tmp_path):
 
     _, err = bad.communicate(timeout=300)
     assert bad.returncode == 2
-    assert "error: argument --schedule: schedule 'quartic' is not known; choose from linear" in err.splitlines()[-1]
+    assert "argument --schedule/--scheduler_cls: schedule 'quartic' is not known" in err.splitlines()[-1]
     assert "Traceback" not in err
 
 
