@@ -33,7 +33,10 @@ PADS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id":
 # model_type -> (the class in transformers, what its config says beyond SIZES)
 FAMILIES = {
     "llama": ("LlamaForCausalLM", {"num_key_value_heads": 2}),
-    "llama, rope scaling": ("LlamaForCausalLM", {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}, "rms_norm_eps": 0.1}),
+    "llama, rope scaling": (
+        "LlamaForCausalLM",
+        {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}, "rms_norm_eps": 0.1},
+    ),
     "llama, biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "qwen2": ("Qwen2ForCausalLM", {"num_key_value_heads": 2}),
     "qwen3": ("Qwen3ForCausalLM", {"num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 0.1}),
