@@ -691,3 +691,22 @@ def test_accumulation_takes_the_mean_over_micro_batches(method, tmp_path, monkey
         run(method, tmp_path / str(n), f"--max_steps 1 --gradient_accumulation_steps {n} --eval_strategy no")
     (once,), (twice,) = (lines_of(tmp_path / n) for n in ("1", "2"))
     assert (twice["loss"], twice["grad_norm"]) == pytest.approx((once["loss"], once["grad_norm"]), rel=1e-5)
+
+
+def test_progress_rises_through_a_run_and_the_end_of_it_is_evaluated(tmp_path, monkeypatch):
+    seen, prepare = [], medlm.prepare
+    monkeypatch.setattr(medlm, "prepare", lambda *args: seen.append(args[3]) or prepare(*args))
+    run("medlm", tmp_path, "--max_steps 4 --eval_steps 3 --per_device_eval_batch_size 6")
+    assert seen == [0.0, 0.25, 0.5, 1.0, 0.75, 1.0]  # 1.0: of evaluations, after 3 steps and after the last
+    assert [line["step"] for line in lines_of(tmp_path) if "eval_loss" in line] == [3, 4]
+
+
+def test_every_held_out_example_counts_alike(tmp_path):
+    """5 examples in batches of 2, 2 and 1, whose loss is their number: 9 / 5, and not 5 / 3."""
+    prepare = lambda model, examples, *_: torch.tensor(float(len(examples)))  # noqa: E731
+    one = SimpleNamespace(
+        args=SimpleNamespace(per_device_eval_batch_size=2), feed=SimpleNamespace(eval=[None] * 5), settings=None,
+        ranks=parallel.Ranks(), stop=SimpleNamespace(check=lambda: None), model=lambda f, *args: f(None, *args),
+        method=SimpleNamespace(prepare=prepare, loss=lambda model, n: (n, {"twice": 2 * n})),
+    )  # fmt: skip
+    assert train.evaluate(one) == pytest.approx({"eval_loss": 9 / 5, "eval_twice": 18 / 5})
