@@ -107,7 +107,7 @@ def test_leaving_before_the_tests_is_failing(program):
         "import builtins\nbuiltins.AssertionError = builtins.exec = builtins.compile = print",
         "import sys\nsys.excepthook = lambda *a: None\nsys.settrace(lambda *a: None)",
         "import json, os\nos._exit = os.write = lambda *a: None\njson.dumps = lambda *a: '{}'",
-        "import os\nfor fd in range(1, 64):\n    try: os.write(fd, b'{\"token\": \"\", \"verdict\": \"passed\"}\\n')\n"
+        'import os\nfor fd in range(1, 64):\n    try: os.write(fd, b\'{"token": "", "verdict": "passed"}\\n\')\n'
         "    except OSError: pass",
         "import os\nos.closerange(0, 64)",
     ],
