@@ -184,7 +184,7 @@ def test_question_and_answer_fields_can_be_named(tmp_path):
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
 def test_all_formats_hold_the_same_records(packed, tmp_path):
-    rows = [{"question": f"Q{i}, \"so\"", "answer": f"A\n{i}"} for i in range(5)]
+    rows = [{"question": f'Q{i}, "so"', "answer": f"A\n{i}"} for i in range(5)]
     table = data.io.StringIO()
     writer = csv.DictWriter(table, ["question", "answer"])
     writer.writeheader()
