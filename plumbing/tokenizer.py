@@ -95,18 +95,18 @@ class Tokenizer:
             if type(error).__module__ != "pyo3_runtime":
                 raise
             raise ValueError(f"the tokenizer fails on a text: {error}") from None
-        names = self._controls()
+        names = {} if control else self._controls()
         for n, row in enumerate(rows):
-            if not control and not names.keys().isdisjoint(row):  # words of the vocabulary: now letter by letter
+            if not names.keys().isdisjoint(row):  # words of the vocabulary: now letter by letter
                 spelt = [[self._id(letter, "unk_token") for letter in names[i]] if i in names else [i] for i in row]
                 rows[n] = [i for letters in spelt for i in letters if i is not None]
         return rows
 
     def _controls(self) -> dict[int, str]:
+        """{id: token}, without that for unknown words, and without a single letter, which stands for itself."""
         unknown = self._id("unk_token", "[UNK]", "<unk>")
-        tokens = self.backend.get_added_tokens_decoder()
-        named = {i: token.content for i, token in tokens.items() if token.special and i != unknown}
-        return {i: name for i, name in named.items() if len(name) > 1}  # a single letter is one
+        tokens = self.backend.get_added_tokens_decoder().items()
+        return {i: t.content for i, t in tokens if t.special and i != unknown and len(t.content) > 1}
 
     def _cut(self) -> re.Pattern:
         """Splits a text into texts, at even places, and the control tokens between them."""
@@ -175,14 +175,9 @@ class Tokenizer:
                 self.config[f"{role}_token"] = name
         return added
 
-    def chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """[{"role": ..., "content": ...}, ...] as one text, up to where the assistant speaks next.
-
-        Raises ValueError when there is no chat template or when it rejects the messages.
-        """
-        return self._render([messages], add_generation_prompt)[0]
-
-    def _render(self, dialogues: list, add_generation_prompt: bool = True) -> list[str]:
+    def write_chats(self, dialogues: list[list[dict]], add_generation_prompt: bool = True) -> list[str]:
+        """Dialogues [{"role": ..., "content": ...}, ...] as texts, up to where the assistant speaks next. Raises
+        ValueError when there is no chat template or when it rejects the messages."""
         if not self.chat_template:
             raise ValueError("the tokenizer has no chat template: pass --chat_template False, or add the template")
         common = _special_names(self.config) | {"tools": None, "documents": None}
@@ -195,7 +190,7 @@ class Tokenizer:
         Before the template sees it, each control token in a message is broken by a character that occurs nowhere else,
         and so is the beginning of one at a message's end. (Not covered: a template that takes characters out of the
         middle of messages can join what was apart; and the name of a role may complete a token that a template begins.)
-        Where no message speaks of control tokens, the ids are those of the whole text. Raises ValueError as `chat`.
+        Where no message speaks of control tokens, the ids are those of the whole text. Raises ValueError, too.
         """
         names, cut = self._controls(), self._cut()
         beginnings = {name[:k] for name in names.values() for k in range(1, len(name))}
@@ -213,7 +208,7 @@ class Tokenizer:
 
         if not self.raw_control_tokens:
             dialogues = [[{key: break_up(m[key]) for key in m} for m in messages] for messages in dialogues]
-        texts = self._render(dialogues)
+        texts = self.write_chats(dialogues)
         rows = self.encode_batch(texts, control=True)
         for n, text in enumerate(texts):
             parts = cut.split(text)
@@ -261,11 +256,8 @@ class SentencePiece:
 
     def decode(self, ids, skip_special_tokens=True) -> str:
         ids = [i for i in ids if not (skip_special_tokens and i in self.names)]
-        parts = []
-        for is_special, run in groupby(ids, key=self.names.__contains__):
-            part = list(run)
-            parts += map(self.names.get, part) if is_special else [self.model.decode(part)]
-        return "".join(parts)
+        runs = groupby(ids, key=self.names.get)  # a special token's name, or None
+        return "".join(name * len(list(run)) if name else self.model.decode(list(run)) for name, run in runs)
 
     def token_to_id(self, token: str) -> int | None:
         return self.vocab.get(token)
