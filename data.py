@@ -131,7 +131,8 @@ def check_utf8(text: str) -> str:
     return text
 
 
-def parse_json(text: str):
+def parse_json(text: bytes):
+    text = check_utf8(decode(text))
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -144,10 +145,9 @@ def parse_jsonl(lines: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, dict 
     for place, line in lines:
         if line.strip():
             try:
-                record = parse_json(check_utf8(decode(line)))
+                yield place, parse_json(line)
             except ValueError as error:
-                record = error
-            yield place, record
+                yield place, error
 
 
 def parse_txt(lines: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, dict | ValueError]]:
@@ -172,7 +172,7 @@ def _numbered(items: Iterable, before: str) -> Iterator[tuple[str, object]]:
 
 def _read_json(file):
     """A list of records, or an object of which one value is a list."""
-    value = parse_json(check_utf8(decode(read_whole(file))))
+    value = parse_json(read_whole(file))
     values = value.values() if isinstance(value, dict) else [value]
     lists = [item for item in values if isinstance(item, list)]
     if len(lists) != 1:
@@ -259,8 +259,7 @@ def _downloaded(repository: str, folder: str, config: str | None) -> list[Path]:
 def split_files(files: list) -> tuple[list, list]:
     """(to train on, held out), by their names. Where all are called held out, none is."""
     held_out = [file for file in files if HELD_OUT.search(file.name.lower())]
-    held_out = [] if len(held_out) == len(files) else held_out
-    return [file for file in files if file not in held_out], held_out
+    return [file for file in files if file not in held_out] or files, held_out if held_out != files else []
 
 
 # -------------------------------------------------------------------------------------------------------------- records
@@ -451,10 +450,10 @@ def _split(train: list, test: list, source: Source, limit: int) -> tuple[list, l
 def read_prompts(path: str, named: tuple = ()) -> list[list[dict]]:
     """The dialogues to continue in a file: a line of plain text each, or records of any form (answers are ignored).
     Raises OSError or ValueError ("file:line: ...")."""
-    path, dialogues = Path(path), []
-    if not path.is_file():
+    dialogues = []
+    if not os.path.isfile(path):
         raise OSError(f"--prompt_file {path}: no such file")
-    for place, record in read_file(path):
+    for place, record in read_file(Path(path)):
         try:
             form, fields = detect_form(record, named)
             if form == "corpus":
@@ -587,15 +586,12 @@ def encode(
         else:
             too_long.append(length)
 
-    rows, corpus, piece = [ids + eos for ids in tokenize(documents)], [], max_length - 1
-    for text in corpora:
-        # cut behind newlines into texts of at most 64k characters, so that all cores have work
-        parts = tokenize(re.findall(r"(?s).{0,65535}\n|.{1,65536}", text))
-        row = [*chain.from_iterable(parts), *eos]
-        if recut:
-            corpus += row
-        else:
-            rows.append(row)
+    rows, piece = [ids + eos for ids in tokenize(documents)], max_length - 1
+    # cut behind newlines into texts of at most 64k characters, so that all cores have work
+    cut = (re.findall(r"(?s).{0,65535}\n|.{1,65536}", text) for text in corpora)
+    streams = [[*chain.from_iterable(tokenize(parts)), *eos] for parts in cut]
+    corpus = list(chain.from_iterable(streams)) if recut else []
+    rows += [] if recut else streams
     if corpora and recut and len(corpus) < piece:
         short = f"the text has {len(corpus)} tokens, fewer than one example of --max_length {max_length}"
         raise ValueError(f"{short}; give more text or a smaller --max_length")

@@ -139,7 +139,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the largest id: the rows that an embedding must have."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.backend.get_vocab().values()) + 1
 
     def _id(self, *names: str) -> int | None:
         """The first of these tokens that there is; "bos_token" and the like stand for what the config says."""
@@ -262,7 +262,7 @@ class SentencePiece:
     def token_to_id(self, token: str) -> int | None:
         return self.vocab.get(token)
 
-    def get_vocab(self, with_added_tokens=True) -> dict[str, int]:
+    def get_vocab(self) -> dict[str, int]:
         return self.vocab
 
     def get_added_tokens_decoder(self) -> dict[int, AddedToken]:
@@ -281,12 +281,11 @@ def load_tokenizer(directory, backend=None) -> Tokenizer:
     names = _special_names(read_json(directory / "special_tokens_map.json")) | _special_names(config)
     backend = backend or _load_backend(directory)
     try:
-        for token in [added[i]["content"] for i in sorted(added, key=int)]:
-            if backend.token_to_id(token) is None:
-                backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        late = [added[i]["content"] for i in sorted(added, key=int)]
+        late = [AddedToken(name, special=True, normalized=False) for name in late if backend.token_to_id(name) is None]
         known = backend.get_added_tokens_decoder().values()
         control = {*names.values(), *MASK_NAMES, *MESSAGE_TOKENS, *END_OF_MESSAGE, DEL_TOKEN}
-        backend.add_special_tokens([token for token in known if token.content in control and not token.special])
+        backend.add_special_tokens(late + [t for t in known if t.content in control and not t.special])
         if isinstance(template, list):  # of several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         template = written.read_text(encoding="utf-8") if written.exists() else template
@@ -351,7 +350,7 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
     Numbers are split into digits, which arithmetic needs. Raises ValueError when `vocab_size` has no room for the 256
     bytes and the special tokens.
     """
-    special = [*SPECIAL_TOKENS.values(), "<|im_start|>", "<|im_end|>"]
+    special = [*SPECIAL_TOKENS.values(), *MESSAGE_TOKENS]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     least = len(special) + len(alphabet)
     if vocab_size < least:
@@ -361,9 +360,8 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.decoder = decoders.ByteLevel()
     options = {"special_tokens": special, "initial_alphabet": sorted(alphabet), "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, **options)
     pieces = (piece for text in texts for piece in LONG_RUN.sub("\\1\0", text).split("\0"))
-    backend.train_from_iterator(pieces, trainer)
+    backend.train_from_iterator(pieces, trainers.BpeTrainer(vocab_size=vocab_size, **options))
     return Tokenizer(backend, NEW_CONFIG, CHAT_TEMPLATE)
 
 

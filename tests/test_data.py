@@ -99,10 +99,8 @@ def test_a_configuration_of_a_dataset_is_chosen_by_name(tmp_path, monkeypatch):
 
 
 def test_broken_specs():
-    for spec in ("a[name:]", "a[name:b,name:c]", "a[name:b c]"):
-        with pytest.raises(ValueError, match=r"dataset spec .* write name\["):
-            data.parse_spec(spec)
-    for spec in ("", "a + ", "a[train]", "a[train:x]", "a[train:1,train:2]", "a[dev:3]", "a[test:-1]", "a[]b", "a[]"):
+    counts = ("", "a + ", "a[train]", "a[train:x]", "a[train:1,train:2]", "a[dev:3]", "a[test:-1]", "a[]b", "a[]")
+    for spec in (*counts, "a[name:]", "a[name:b,name:c]", "a[name:b c]"):
         with pytest.raises(ValueError, match=r"dataset spec .* write name\["):
             data.parse_spec(spec)
 
@@ -135,8 +133,7 @@ FORM_CASES = [
     ("instruction/input/output", {"instruction": "Q", "input": "", "output": "A", "text": "all of it"}, ANSWER),
     ("instruction/input/output", {"instruction": "Q", "input": None, "output": "A"}, ANSWER),
     (
-        "instruction/input/output",
-        {"instruction": "Q", "input": "I", "output": "A"},
+        "instruction/input/output", {"instruction": "Q", "input": "I", "output": "A"},
         ANSWER | {"messages": [{"role": "user", "content": "Q\n\nI"}]},
     ),
 ]
