@@ -9,9 +9,8 @@ anew). The program sees neither the tests nor any object, file or memory of the 
 patched builtins, its exit code and its frames stay on its own side, and all it can do is answer. Other objects cannot
 be arguments or results; a subclass counts as its plain base, any other iterable arrives as an iterator over its items.
 
-Each process is a fresh interpreter in its own session, with an environment of six variables and an empty stdin. They
-share a fresh, empty directory that is removed afterwards, and a wall clock; output is thrown away. `run` starts this
-file again as a script for each of them, which confines itself before it executes anything.
+Each process is this file as a script: a fresh interpreter in its own session, with six variables and an empty stdin,
+which confines itself before it executes anything. They share a fresh directory, removed afterwards, and a wall clock.
 
 **The first line is the kernel's**, and needs no privileges.
 
@@ -76,12 +75,13 @@ def run(program: str, tests: str, function: str, timeout: float = TIMEOUT, memor
     }  # fmt: skip
     python = [sys.executable, "-P", "-s", "-B", os.path.abspath(__file__)]  # -I, but with our variables
     options = {"cwd": home, "env": variables, "start_new_session": True, "stderr": subprocess.DEVNULL}
-    pipes, silent = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}, {"stdout": subprocess.DEVNULL}
+    pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
     ours, theirs = socket.socketpair()
+    number = ours.fileno()
     try:
         with (
-            subprocess.Popen([*python, str(ours.fileno())], pass_fds=[ours.fileno()], **pipes, **options) as judge,
-            subprocess.Popen(python, stdin=theirs, **silent, **options) as defendant,
+            subprocess.Popen([*python, str(number)], stdin=pipe, stdout=pipe, pass_fds=[number], **options) as judge,
+            subprocess.Popen(python, stdin=theirs, stdout=nowhere, **options) as defendant,
         ):
             ours.close(), theirs.close()  # so that each of the two sees the other one end
             try:
@@ -98,9 +98,7 @@ def run(program: str, tests: str, function: str, timeout: float = TIMEOUT, memor
 
 def _verdict(report: bytes) -> str | None:
     """What the judge's report says; it is empty where the judge was killed."""
-    if not report:
-        return "its tests ended without a verdict"
-    said = json.loads(report)
+    said = json.loads(report or '{"setup_error": "", "landlock": 1, "reason": "its tests ended without a verdict"}')
     if said["setup_error"]:
         raise OSError(f"cannot confine a generated program: {said['setup_error']}")
     if not said["landlock"]:  # Python shows a warning once
@@ -151,22 +149,18 @@ def _judge(link) -> None:
         base = base if isinstance(base, type) and issubclass(base, Exception) else Exception
         raise type(error[0], (base,), {"__init__": Exception.__init__, "__str__": Exception.__str__})(error[1])
 
-    report = {"setup_error": "", "landlock": 0, "reason": None}
+    report, place = {"setup_error": "", "landlock": 0, "reason": None}, "setup_error"
     try:
         report["landlock"] = _confine(task["memory"], task["cpu"])
-    except (OSError, ValueError) as error:
-        report["setup_error"] = str(error)
-    else:
+        place = "reason"
         module = sys.modules["tests"] = types.ModuleType("tests")  # dataclasses and pickle look theirs up
         vars(module)[task["function"]] = lambda *args, **kwargs: ask(encode([args, kwargs]))
-        try:
-            tests = compile(task.pop("tests"), "<tests>", "exec")
-            ask(task)
-            exec(tests, vars(module))
-        except BaseException as error:
-            report["reason"] = f"{type(error).__name__}: {error}".split("\n")[0][:REASON_LENGTH]
-    json.dump(report, out)
-    out.flush()
+        tests = compile(task.pop("tests"), "<tests>", "exec")
+        ask(task)
+        exec(tests, vars(module))
+    except BaseException as error:
+        report[place] = f"{type(error).__name__}: {error}".split("\n")[0][:REASON_LENGTH]
+    print(json.dumps(report), file=out, flush=True)
     os._exit(0)
 
 
