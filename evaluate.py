@@ -5,10 +5,9 @@
     python evaluate.py --path CKPT --task likelihood --data FILE
 
 Everything a number depends on stands in one table, TASKS: the data, the words of the prompt, and the rule that finds
-the answer in a response and judges it. Zero-shot throughout. The words are those of the published ME-DLM evaluation,
-so that its checkpoints are asked what they were measured with; a model trained on bare questions wants
-`--system_prompt ""`. Where an answer has a draft (ME-DLM's, or the one that a record brings), both are judged; and by
-two rules where the published one is stricter: by ours ("right"), which looks for what was meant, and by that one.
+the answer in a response and judges it. Zero-shot, in the words of the published ME-DLM evaluation; a model trained on
+bare questions wants `--system_prompt ""`. Where an answer has a draft (ME-DLM's, or the one that a record brings), both
+are judged; by our rule ("right"), which looks for what was meant, and by the published one where that is stricter.
 
     samples      questions of a task, in the order of its file; rank r of W takes every W-th, from the r-th on
     prepare      a model's settings for a task, and the function from samples to answers
@@ -42,7 +41,7 @@ from functools import cache, partial
 from itertools import chain, islice
 from math import gcd, log, sqrt
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, pstdev
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py, and before torch
 
@@ -62,6 +61,7 @@ from sample import draft_ids
 # rule, which the summary quotes. PUBLISHED: the verdict of the published ME-DLM evaluation, in so far as it differs.
 
 PUBLISHED = "as published"
+TEXTS = ("draft", "response")  # what is judged of a row
 
 NUMBER = re.compile(r"(?:(?<![\w)}])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
 FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -291,8 +291,8 @@ def checked(task: Task, named: tuple, record) -> dict:
 def set_keys(samples: list[Sample], settings: dict, checkpoint: Path) -> None:
     """The checkpoint counts by name, size and time of its files: once it was trained on, it is another one."""
     counts = re.compile(r".*\.(safetensors|jinja|model)|(\w+_)?config\.json|tokenizer\.json")
-    files = [file for file in sorted(checkpoint.iterdir()) if counts.fullmatch(file.name)]
-    state = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    files = [(file.name, file.stat()) for file in sorted(checkpoint.iterdir()) if counts.fullmatch(file.name)]
+    state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]
     for i, sample in enumerate(samples):
         everything = [i, sample.id, sample.messages, sample.seed, settings, state]
         sample.key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
@@ -364,9 +364,6 @@ def answer_samples(name, samples, generate, out: Path, rank=0, world=1, batch_si
             file.flush()
 
 
-TEXTS = ("draft", "response")  # what is judged of a row
-
-
 def judge(name: str, samples: list[Sample], out: Path, may_run: bool = False) -> list[dict]:
     """The rows of these samples from all ranks, in order, with verdicts (programs get some only if they may run), as
     written to OUT/<task>.jsonl. Programs also go to OUT/evalplus_<task>_response.jsonl and ..._draft.jsonl."""
@@ -376,8 +373,8 @@ def judge(name: str, samples: list[Sample], out: Path, may_run: bool = False) ->
     for kind in TEXTS:
         texts = {i: row[kind] for i, row in enumerate(rows) if row[kind] is not None}
         if task.start:
-            programs = {i: task.start(samples[i].record) + code(text) for i, text in texts.items()}
-            lines = [{"task_id": samples[i].id, "solution": program} for i, program in programs.items()]
+            asked = [(samples[i], text) for i, text in texts.items()]
+            lines = [{"task_id": s.id, "solution": task.start(s.record) + code(text)} for s, text in asked]
             write_rows(out / f"evalplus_{name}_{kind}.jsonl", lines)
             if not may_run:
                 continue
@@ -407,14 +404,12 @@ def evalplus(name: str, samples: Path) -> dict | str:
 
 
 def summarise(rows: list[dict]) -> dict:
-    """Every verdict in percent with its standard error 100 sqrt(p (1 - p) / n); mean counts of passes; tokens of
-    responses per second of generation, in one process."""
+    """Every verdict in percent with its standard error; mean counts of passes; tokens of responses per second of
+    generation, in one process."""
     verdicts = {}
     for verdict in dict.fromkeys(verdict for row in rows for verdict in row["verdicts"]):
         given = [row["verdicts"][verdict] for row in rows if verdict in row["verdicts"]]
-        p = fmean(given)
-        error = sqrt(p * (1 - p) / len(given))
-        verdicts[verdict] = {"percent": 100 * p, "standard_error": 100 * error}
+        verdicts[verdict] = {"percent": 100 * fmean(given), "standard_error": 100 * pstdev(given) / sqrt(len(given))}
     passes = {count: fmean(row["passes"][count] for row in rows) for count in rows[0]["passes"]}
     speed = sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows)
     return {"n": len(rows), "verdicts": verdicts, "passes": passes, "tokens_per_second": speed}
@@ -428,7 +423,7 @@ def report(name: str, samples: list[Sample], args) -> dict:
         print(f"{row['prompt']}  ->  {row['response']}    {row['verdicts'] or 'not judged'}")
         suffix = sample.record.get("suffix", "")
         if name in toy.SOURCES and (wrong := toy.explain(row["prompt"], row["response"], suffix)):
-            print(f"    {wrong}")
+            print("   ", wrong)
     summary = summarise(rows) | {"judge": task.check.__doc__}
     passes = [f"{mean:.1f} {count.replace('_', ' ')}" for count, mean in summary["passes"].items()]
     print(f"{name}, {len(rows)} samples:", *passes, f"{summary['tokens_per_second']:.1f} tokens/s", sep="   ")
@@ -466,9 +461,8 @@ def likelihood(model, tokenizer, args, records: list[tuple[str, dict]]) -> dict:
         text = record.get("text") or record.get("corpus") or record["response"]
         back = tokenizer.decode(tokenizer.encode(text))
         if back != text:
-            lost = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), len(back))
-            where = f"from {text[lost:][:20]!r} on"
-            raise ValueError(f"{place}: the tokenizer cannot write this text: {where} it does not come back")
+            lost = next((text[i:] for i, mark in enumerate(back) if text[i : i + 1] != mark), text[len(back) :])
+            raise ValueError(f"{place}: the tokenizer does not give the text back, from {lost[:20]!r} on")
         found = data.encode([record], tokenizer, max_length=length, recut=False).examples
         examples += found
         size, left_out = size + len(text.encode()) * bool(found), left_out + (not found)
@@ -481,13 +475,12 @@ def likelihood(model, tokenizer, args, records: list[tuple[str, dict]]) -> dict:
     rng = torch.Generator().manual_seed(args.seed)
     draws = torch.zeros(1 if getattr(method, "EXACT", False) else args.draws, dtype=torch.float64)
     for start in tqdm(range(0, len(examples), args.batch_size), LIKELIHOOD, unit="batch"):
-        for draw in range(len(draws)):
-            batch = examples[start : start + args.batch_size]
-            draws[draw] += method.likelihood(model, batch, settings, rng).sum().cpu()
+        batch = examples[start : start + args.batch_size]
+        draws += torch.stack([method.likelihood(model, batch, settings, rng).sum().cpu() for _ in draws])
     draws /= log(2) * size
     bits, error = float(draws.mean()), float(draws.std() / sqrt(len(draws))) if len(draws) > 1 else 0.0
     relation = "exactly" if len(draws) == 1 else f"from {len(draws)} draws, at most"
-    print(f"{len(examples)} pieces, {size} bytes, {left_out} records too long: {relation}", end=" ")
+    print(f"{len(examples)} pieces, {size} bytes, {left_out} records too long:", relation, end=" ")
     print(f"{bits:.4f} ± {error:.4f} bits per byte")
     sizes = {"bytes": size, "pieces": len(examples), "left_out": left_out, "draws": len(draws)}
     return {"bits_per_byte": bits, "standard_error": error} | sizes
@@ -520,11 +513,10 @@ def parse_args(argv=None):
     args = f.parse_args(argv)
     if len(args.task) == len(args.data) == 1 and not args.data[0].startswith(f"{args.task[0]}="):
         args.data = [f"{args.task[0]}={args.data[0]}"]
-    given = [item.partition("=")[::2] for item in args.data]
-    for name, path in given:
-        if not path or name not in args.task or name in toy.SOURCES or len(dict(given)) < len(given):
-            f.error(f"--data {name}={path}: expected TASK=PATH, once for a task that --task names and that reads data")
-    args.data = dict(given)
+    given, reading = dict(item.partition("=")[::2] for item in args.data), set(args.task) - set(toy.SOURCES)
+    if not all(given.values()) or not given.keys() <= reading or len(given) < len(args.data):
+        f.error(f"--data {' '.join(args.data)}: expected TASK=PATH, once for a task of --task that reads data")
+    args.data = given
     if LIKELIHOOD in args.task and (len(args.task) > 1 or not args.data):
         f.error(f"--task {LIKELIHOOD} stands alone and needs --data FILE")
     for name in [name for name in args.task if name not in args.data]:
@@ -544,8 +536,7 @@ def main(argv=None) -> None:
     which = args.limit, args.seed, args.system_prompt, (args.prompt_field, args.response_field)
     texts = read(args.data[LIKELIHOOD], args.limit, data.normalise) if alone else []
     samples = {} if alone else {name: load_samples(name, source, *which) for name, source in args.data.items()}
-    for name in ["summary.json", *(f"{name}.rank{rank}.jsonl" for name in samples)]:
-        checkpoints.check_writable(out / name, f"--output_dir {out}")
+    checkpoints.check_writable(out / "summary.json", f"--output_dir {out}")
     for name in samples:
         read_rows(name, out)  # raises for a broken file of an earlier run
     checkpoints.lock(out / f".rank{rank}.lock")

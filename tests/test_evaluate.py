@@ -636,7 +636,7 @@ def test_likelihood_names_what_is_wrong(uniform, monkeypatch, tmp_path):
         uniform("text")
     monkeypatch.setattr(evaluate.methods, "of", lambda model: uniform.method)
     monkeypatch.setattr(uniform.tokenizer, "decode", lambda ids: "I go homf.")
-    with pytest.raises(ValueError, match=r"c.txt: .* from 'e\.' on it does not come back"):
+    with pytest.raises(ValueError, match=r"c.txt: .* give the text back, from 'e\.' on"):
         uniform("I go home.", name="c.txt")
 
 

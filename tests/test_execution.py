@@ -85,6 +85,10 @@ def test_solutions_pass_and_wrong_ones_fail(problem):
         ("class passed(Exception): ...\nraise passed", "passed: "),
         ("raise ValueError('y' * 10**6 + '\\nsecond line')", "ValueError: " + "y" * 100),
         ("raise ValueError('\\U0001f600' * 10**6)", "ValueError: " + "\U0001f600" * 100),
+        ("import sys\nsys.exit(0)", "SystemExit: 0"),
+        ("exit()", "SystemExit: None"),
+        ("import os, sys\nsys.stdout.write('passed')\nsys.stdout.flush()\nos._exit(0)", ENDED),
+        ("import atexit, os\natexit.register(os._exit, 0)\nraise SystemExit(0)", "SystemExit: 0"),
     ],
 )
 def test_broken_programs_fail_with_a_short_reason(program, expected):
@@ -107,19 +111,6 @@ def test_broken_programs_fail_with_a_short_reason(program, expected):
 )
 def test_hanging_programs_are_stopped(program):
     assert verdict(program, timeout=0.5) == "timed out after 0.5 s"
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import sys\nsys.exit(0)",
-        "exit()",
-        "import os, sys\nsys.stdout.write('passed')\nsys.stdout.flush()\nos._exit(0)",
-        "import atexit, os\natexit.register(os._exit, 0)\nraise SystemExit(0)",
-    ],
-)
-def test_leaving_before_the_tests_is_failing(program):
-    assert verdict(program) in ("SystemExit: 0", "SystemExit: None", ENDED)
 
 
 # Programs that want to be judged right without being so. In the process of the tests f must give 4 for 2 and 9 for 3.
