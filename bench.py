@@ -30,7 +30,7 @@ import models
 import toy
 from edit_distance import edit_scripts
 from plumbing import checkpoints, cli, methods
-from ragged import Ragged, stratified
+from ragged import Ragged, editable, stratified
 
 
 def take_turns(contestants: dict, repeats: int, clock=time.perf_counter) -> dict:
@@ -145,18 +145,17 @@ def path_batch(args):
 
 def loss_on_all_rows(model, batch):
     """`editflow.loss` the plain way: both vocabulary heads on every token, [T, V] logits and their log-softmax."""
-    h = model(batch.x, batch.t)
-    log_sub, log_ins = (F.log_softmax(head(h), dim=-1) for head in (model.sub_logits, model.ins_logits))
-    w = (batch.w / batch.norm / len(batch.x))[batch.x.batch]
-    rates = model.rate_heads(h)
-    total = (w[:, None] * rates * editflow.editable(batch.x, batch.prompt_len)).sum()
-    sub, dele, ins = batch.sub_row, batch.del_row, batch.ins_row
-    for row, log in (
-        (sub, rates[sub, 0].log() + log_sub[sub, batch.sub_token]),
-        (dele, rates[dele, 1].log()),
-        (ins, rates[ins, 2].log() + log_ins[ins, batch.ins_token]),
-    ):
-        total = total - (w[row] * log).sum()
+    s = batch.s[batch.x.batch]
+    h = model.at(model(batch.x), s)
+    log_q = {kind: F.log_softmax(head(h), dim=-1) for kind, head in ((0, model.sub_logits), (2, model.ins_logits))}
+    mean = (1 / batch.norm / len(batch.x))[batch.x.batch]
+    log_lambda = model.log_rates(h, s)
+    total = ((batch.w[batch.x.batch] * mean)[:, None] * log_lambda.exp() * editable(batch.x)).sum()
+    rate = batch.rate * mean[batch.row]
+    total = total - (rate * log_lambda[batch.row, batch.kind]).sum()
+    for kind, log in log_q.items():
+        of = batch.kind == kind
+        total = total - (rate[of] * log[batch.row[of], batch.token[of]]).sum()
     return total, {}
 
 
@@ -171,7 +170,7 @@ def peak_memory(work) -> float:
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=child, args=(theirs,))
     process.start()
-    process.join()
+    theirs.close()  # so that recv() ends, in an EOFError, with a child that has failed
     return ours.recv()
 
 
@@ -195,7 +194,7 @@ def bench_loss(args):
     torch.set_num_threads(args.threads)
     values = {name: work() for name, work in contestants.items()}
     seconds = take_turns(contestants, args.repeats)
-    rows = [len(batch.sub_row.unique()) + len(batch.ins_row.unique()), 2 * len(batch.x.ids)]
+    rows = [sum(len(batch.row[batch.kind == kind].unique()) for kind in (0, 2)), 2 * len(batch.x.ids)]
     print(f"{len(batch.x)} sequences, {len(batch.x.ids)} tokens, V = {args.vocab}, {args.threads} threads, float32")
     print("vocabulary heads on    head rows      loss   ms / step   peak MB")
     for name, n in zip(contestants, rows):
@@ -245,7 +244,7 @@ def bench_sampling(args):
     faster = ratio(seconds["one at a time"], seconds["one batch"])
     print(f"{faster:.2f}x the tokens per second in one batch of {args.batch}")
 
-    inside, outside = seconds_inside(model.model, model.rate_heads, model.sub_logits, model.ins_logits), []
+    inside, outside = seconds_inside(model.model, model.rate_heads[0], model.sub_logits, model.ins_logits), []
     for _ in range(args.repeats):
         inside.clear()
         begin = time.perf_counter()

@@ -150,7 +150,7 @@ def mask_batch(
                         estimates the bound without a floor.
     """
     x = pack_examples(examples)
-    t = draw_t(len(x), max(min_t, MIN_T), max_t, one_t, generator)
+    t = stratified(1 if one_t else len(x), max(min_t, MIN_T), max_t, generator).expand(len(x))
     row = draw_masks(x, t, generator)
     sample, length = x.batch[row], free_lengths(x)
     if loss_norm == "samples":
@@ -159,11 +159,6 @@ def mask_batch(
         weight = 1 / (t * (len(row) if loss_norm == "tokens" else length * (length > 0).sum()))[sample]
     masked = replace(x, ids=x.ids.index_fill(0, row, mask_id))
     return Batch("mask", masked, row, x.ids[row], weight, row - 1, x.ids[row], weight, {"masked_tokens": len(row)})
-
-
-def draw_t(n: int, low: float, high: float, one_t: bool, generator: torch.Generator) -> Tensor:
-    """Masked fractions [n], U[low, high]: stratified over the batch, or the same for all."""
-    return stratified(1 if one_t else n, low, high, generator).expand(n)
 
 
 def draw_masks(x: Ragged, t: Tensor, generator: torch.Generator) -> Tensor:
@@ -483,10 +478,7 @@ def decode(
         x = close_draft(remask(model, filled, sure, int(repairing.max()), tokens, count, on_pass), tokens)
     passes = [{"mask_passes": m, "edit_passes": e} for m, e in zip(filling.tolist(), repairing.tolist())]
     end = [] if suffixes else [tokens["eos"]]
-    return [
-        Generated(text, [*text, *end], used, start)
-        for text, used, start in zip(contents(x), passes, contents(draft))
-    ]
+    return [Generated(a, [*a, *end], used, d) for a, used, d in zip(contents(x), passes, contents(draft))]
 
 
 # ---------------------------------------------------------------------------------------------------- stage 3
@@ -540,7 +532,7 @@ def rollout(
     """
     clean = [response_text(e.response, tokens) for e in examples]
     x = pack_examples(examples)
-    t = draw_t(len(x), min_t, max_t, one_t, generator)
+    t = stratified(1 if one_t else len(x), min_t, max_t, generator).expand(len(x))
     masked = draw_masks(x, t, generator)
     seeds = torch.randint(2**62, (len(x),), generator=generator)
     passes = plan.mask_passes(torch.bincount(x.batch[masked], minlength=len(x)))

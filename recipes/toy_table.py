@@ -128,11 +128,11 @@ def measure(checkpoint: Path) -> dict:
 
 
 def mean_and_error(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Over seeds, values [seeds, ...] in percent; with one seed, the error is that of so many prompts."""
+    """Over seeds, values [seeds, ...] in percent; with one seed, the error is that of so many prompts (0: unknown)."""
     mean = values.mean(0)
     if len(values) > 1:
         return mean, values.std(0, ddof=1) / np.sqrt(len(values))
-    return mean, np.sqrt(mean * (100 - mean) / count)
+    return mean, np.sqrt(mean * (100 - mean) / count) if count else np.full_like(mean, np.nan)
 
 
 def print_row(name: str, mean, error) -> None:
@@ -165,7 +165,7 @@ def main():
                 if name in DRAWN and order == ORDERS[0]:
                     curves[f"{name}, {verdict}"] = curve
         best = [np.concatenate(group, 1).max(1) for group in (ours, controls)]  # [seeds, PASSES] each
-        print_row("best edits - best control", *mean_and_error(best[0] - best[1], count))
+        print_row("best edits - best control", *mean_and_error(best[0] - best[1], 0))
     print("\nstage3 with a threshold: passes used, answers right, responses valid")
     for repair in found["stage3"][0]["thresholds"]:
         values = np.array([f["thresholds"][repair] for f in found["stage3"]]).mean(0) * [100, 100, 1]

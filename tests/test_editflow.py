@@ -976,3 +976,39 @@ def test_time_features_tell_close_times_apart():
     assert f.shape == (1001, editflow.TIME_FEATURES)
     assert f.dtype == torch.float32
     assert (f[1:] - f[:-1]).norm(dim=1).min() > 0.5
+
+
+class Fixed(nn.Module):
+    """The same rates everywhere and at all times, and no opinion on tokens."""
+
+    has_clock = False
+
+    def __init__(self, sub: float, delete: float, ins: float):
+        super().__init__()
+        self.rates = nn.Parameter(torch.tensor([sub, delete, ins]))
+        self.sub_logits = self.ins_logits = lambda hidden: torch.zeros(len(hidden), V)
+
+    def forward(self, x):
+        return torch.zeros(len(x.ids), 1)
+
+    def at(self, h, s):
+        return h
+
+    def log_rates(self, h, s):
+        return self.rates.log().expand(len(h), 3)
+
+
+def test_a_token_and_the_one_inserted_behind_it_are_drawn_independently():
+    n = 4000
+    schedule = editflow.parse_schedule("linear")
+    (text,) = editflow.sample(Fixed(1.0, 0.0, 1.0), [[BOS]], [[1] * n], schedule=schedule, steps=1)
+    pairs = list(zip(text.response[1::2], text.response[2::2]))  # the first was inserted behind the prompt
+    assert len(pairs) == n
+    equal = sum(a == b for a, b in pairs)
+    assert abs(equal - n / V) < 4 * math.sqrt(n / V)
+
+
+def test_only_insertions_are_left_over():
+    schedule = editflow.parse_schedule("linear")
+    (text,) = editflow.sample(Fixed(0.5, 0.25, 2.5), [[BOS, 1]], [[1, 2, 3]], schedule=schedule, steps=2)
+    assert text.details["left_over"] == pytest.approx(2.5 * (len(text.response) + 1))

@@ -1059,15 +1059,6 @@ def test_ranks_make_equally_many_forward_passes_when_one_finishes_early(tmp_path
     assert ranks[0][3] == ranks[1][3] == 0  # the oracle's edits have reached both targets
 
 
-def test_no_sample_is_masked_at_less_than_the_floor_of_t():
-    """With t = 0 a sample would have no masks, and at t near 0 a weight beyond all measure."""
-    examples = [example([1], [2] * 400) for _ in range(8)]
-    settings = {"min_t": 0.0, "max_t": medlm.MIN_T, "loss_norm": "bound"}
-    batch = medlm.mask_batch(examples, mask_id=MASK, **settings, generator=seeded(0))
-    expected = torch.full_like(batch.lm_weight, 1 / (medlm.MIN_T * 400 * 8))
-    torch.testing.assert_close(batch.lm_weight, expected)
-
-
 def test_every_text_of_a_rollout_is_filled_in_an_order_of_its_own(monkeypatch):
     given = []
     fill = medlm.fill_masks
