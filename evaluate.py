@@ -303,10 +303,8 @@ def set_keys(samples: list[Sample], settings: dict, checkpoint: Path) -> None:
 
 def prepare(model, tokenizer, args, name: str, samples: list[Sample]) -> tuple[dict, Callable]:
     """(settings, generate) of a task. settings: what an answer depends on beside checkpoint, prompt and seed.
-    generate: from samples to answers, {"response", "tokens", "draft" (None where there is none), "passes"}.
-
-    Raises ValueError for the first question that leaves no room for an answer: now, and not when its turn comes.
-    """
+    generate: from samples to answers, {"response", "tokens", "draft" (None where there is none), "passes"}. Raises
+    ValueError for the first question that leaves no room for an answer: now, and not when its turn comes."""
     method = methods.of(model)
     tokenizer.configure(args.chat_template, args.raw_control_tokens)
     flags = argparse.Namespace(**vars(args) | {"init_num": args.init_num or TASKS[name].init_num})
@@ -447,10 +445,8 @@ def report(name: str, samples: list[Sample], args) -> dict:
 def likelihood(model, tokenizer, args, records: list[tuple[str, dict]]) -> dict:
     """How many bits the model needs for a byte of the texts (of responses, prompt and suffix given): the mean over
     draws of nats / ln 2 / bytes, and its standard error from their spread (of the noise, not of the texts' choice).
-
     records: (place, record in normal form); all corpus makes one text. Raises ValueError for a text that the tokenizer
-    does not give back.
-    """
+    does not give back."""
     method, examples, size, left_out = methods.of(model), [], 0, 0
     if not hasattr(method, "likelihood"):
         raise ValueError(f"--task {LIKELIHOOD}: {method.TITLE} does not say how likely a text is")
@@ -535,7 +531,7 @@ def main(argv=None) -> None:
         return  # one process is enough
     which = args.limit, args.seed, args.system_prompt, (args.prompt_field, args.response_field)
     texts = read(args.data[LIKELIHOOD], args.limit, data.normalise) if alone else []
-    samples = {} if alone else {name: load_samples(name, source, *which) for name, source in args.data.items()}
+    samples = {name: load_samples(name, source, *which) for name, source in args.data.items() if not alone}
     checkpoints.check_writable(out / "summary.json", f"--output_dir {out}")
     for name in samples:
         read_rows(name, out)  # raises for a broken file of an earlier run

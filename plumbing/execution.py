@@ -5,9 +5,9 @@
 **The verdict** is given by a process in which the program never was. The program runs in one, the tests in another,
 where a stand-in takes the place of the function under test: a call sends its arguments to the first process, and the
 result comes back as plain data (JSON, from which numbers, texts, lists, tuples, sets, dicts and the like are built
-anew). The program sees neither the tests nor any object, file or memory of the process that judges: its `__eq__`, its
-patched builtins, its exit code and its frames stay on its own side, and all it can do is answer. Other objects cannot
-be arguments or results; a subclass counts as its plain base, any other iterable arrives as an iterator over its items.
+anew; a subclass as its plain base, any other iterable as an iterator, other objects not at all). The program sees
+neither the tests nor any object, file or memory of the process that judges: its `__eq__`, its patched builtins, its
+exit code and its frames stay on its own side, and all it can do is answer.
 
 Each process is this file as a script: a fresh interpreter in its own session, with six variables and an empty stdin,
 which confines itself before it executes anything. They share a fresh directory, removed afterwards, and a wall clock.
@@ -62,8 +62,7 @@ REASON_LENGTH = 200  # characters of an error message
 def run(program: str, tests: str, function: str, timeout: float = TIMEOUT, memory: int = MEMORY) -> str | None:
     """Execute `program`, then `tests`, in which `function` names what the program defines and the tests call. Returns
     None where they end without an error, else what went wrong. timeout in seconds, memory in bytes. Raises OSError
-    where programs cannot be confined: that is no verdict on the program.
-    """
+    where programs cannot be confined: that is no verdict on the program."""
     if sys.platform != "linux":
         raise OSError(f"generated programs run on Linux only (their limits are the kernel's), not on {sys.platform}")
     task = {"program": program, "tests": tests, "function": function, "memory": memory, "cpu": int(timeout) + 1}
@@ -243,10 +242,7 @@ def _become_nobody(call) -> None:
 
 def _landlock(call, home: str) -> int:
     """Deny every change to the file system outside `home`, reading outside it and the libraries, every execve, TCP, and
-    signals to the outside.
-
-    The bits are those of linux/landlock.h; a version knows the bits of the versions before it.
-    """
+    signals to the outside. The bits are those of linux/landlock.h; a version knows those of the versions before it."""
     create_ruleset, add_rule, restrict_self = 444, 445, 446  # the same numbers on every architecture
     try:
         version = call("syscall", create_ruleset, None, 0, 1)
