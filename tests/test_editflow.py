@@ -196,7 +196,7 @@ SEQUENCE = st.tuples(PROMPTS, TEXT, TEXT, st.sampled_from([0.0, 1.0]) | st.float
 def test_path_draws_an_enumerated_state_whose_remaining_edits_give_x1(batch, seed):
     prompts, x0, x1, t, suffixes = (list(z) for z in zip(*batch))
     times, linear = torch.tensor(t, dtype=torch.float64), parse_schedule("linear")
-    got = path(prompts, x0, x1, times, linear, seeded(seed), suffixes=suffixes)
+    got = path(prompts, x0, x1, times, linear, seeded(seed), suffixes=suffixes, normalize="length")
     assert got.norm.tolist() == [max(1, len(s)) for s in x1]
     torch.testing.assert_close(got.s, 1 - torch.tensor(t, dtype=torch.float32))
     torch.testing.assert_close(got.w, linear.weight(times).float())
