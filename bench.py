@@ -30,7 +30,7 @@ import models
 import toy
 from edit_distance import edit_scripts
 from plumbing import checkpoints, cli, methods
-from ragged import Ragged, stratified
+from ragged import GAP, Ragged, editable, stratified
 
 
 def take_turns(contestants: dict, repeats: int, clock=time.perf_counter) -> dict:
@@ -146,19 +146,14 @@ def path_batch(args):
 
 def loss_on_all_rows(model, batch):
     """`editflow.loss` the plain way: both vocabulary heads on every token, [T, V] logits and their log-softmax."""
-    h = model(batch.x, batch.t)
+    s = batch.s[batch.x.batch]
+    h = model.at(model(batch.x), s)
     log_sub, log_ins = (F.log_softmax(head(h), dim=-1) for head in (model.sub_logits, model.ins_logits))
     w = (batch.w / batch.norm / len(batch.x))[batch.x.batch]
-    rates = model.rate_heads(h)
-    total = (w[:, None] * rates * editflow.editable(batch.x, batch.prompt_len)).sum()
-    sub, dele, ins = batch.sub_row, batch.del_row, batch.ins_row
-    for row, log in (
-        (sub, rates[sub, 0].log() + log_sub[sub, batch.sub_token]),
-        (dele, rates[dele, 1].log()),
-        (ins, rates[ins, 2].log() + log_ins[ins, batch.ins_token]),
-    ):
-        total = total - (w[row] * log).sum()
-    return total, {}
+    log_lambda, row, kind, token = model.log_rates(h, s), batch.row, batch.kind, batch.token
+    log_q = torch.where(kind == editflow.INSERT, log_ins[row, token], log_sub[row, token]) * (token != GAP)
+    total = (w[:, None] * log_lambda.exp() * editable(batch.x)).sum()
+    return total - (w[row] * (log_lambda[row, kind] + log_q)).sum(), {}
 
 
 def peak_memory(work) -> float:
@@ -196,7 +191,8 @@ def bench_loss(args):
     torch.set_num_threads(args.threads)
     values = {name: work() for name, work in contestants.items()}
     seconds = take_turns(contestants, args.repeats)
-    rows = [len(batch.sub_row.unique()) + len(batch.ins_row.unique()), 2 * len(batch.x.ids)]
+    projected = batch.kind != editflow.DELETE
+    rows = [len(torch.stack([batch.kind, batch.row])[:, projected].unique(dim=1)[0]), 2 * len(batch.x.ids)]
     print(f"{len(batch.x)} sequences, {len(batch.x.ids)} tokens, V = {args.vocab}, {args.threads} threads, float32")
     print("vocabulary heads on    head rows      loss   ms / step   peak MB")
     for name, n in zip(contestants, rows):
