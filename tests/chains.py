@@ -309,8 +309,8 @@ class Steps(list):
         self.append(SimpleNamespace(t=t, x=x, op=op, sub_token=sub_token, ins_token=ins_token, label=label))
 
 
-def draw_texts(start, name, steps, n, **options):
-    model, x0 = knowing(start, name=name), [list(*SOURCES[start])] * n
+def draw_texts(source, name, steps, n, **options):
+    model, x0 = knowing(source, name=name), [list(*SOURCES[source])] * n
     return Counter(tuple(s.response) for s in sample(model, [list(PROMPT)] * n, x0=x0, steps=steps, **options))
 
 
