@@ -257,7 +257,7 @@ FIELDS = [  # (file, scripts that read it, fields, values that none of these can
     (CONFIG, "train sample evaluate", "nanoedit.x0_sampler", [5, "x", [], None], "x0_sampler"),
     (CONFIG, "sample", "vocab_size hidden_size intermediate_size", [7, 10**12], "flow/model.safetensors"),
     (CONFIG, "sample", "num_hidden_layers", [3], "'model.layers.2."),
-    (CONFIG, "train sample evaluate", "nanoedit.time_conditioned", [True], "t at its input"),
+    (CONFIG, "train sample evaluate", "nanoedit.time_conditioned", [True], "t at the input"),
     (CONFIG, "sample", "nanoedit.clock", [True], "odds.weight"),
     (CONFIG, "sample", "nanoedit.x0_sampler", ["masks[length:100000]"], "positions"),
     (SETTINGS, ALL, "added_tokens_decoder", ["x", 5, {"a": {"content": "b"}}, {"1": 5}, {"1": {}}]),

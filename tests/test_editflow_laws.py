@@ -448,7 +448,9 @@ def exact_bound(source, x1, rates):
 
 def perturbed(source, size, data=None):
     """The true rates, each multiplied by a random factor of its own."""
-    noise = functools.cache(lambda *edit: math.exp(size * torch.randn((), generator=seeded(zlib.crc32(repr(edit).encode())))))
+
+    def noise(*edit):
+        return math.exp(size * torch.randn((), generator=seeded(zlib.crc32(repr(edit).encode()))))
 
     @functools.cache
     def rates(kappa):
