@@ -47,15 +47,6 @@ from plumbing.tokenizer import CHAT_TEMPLATE, DEL_TOKEN, SPECIAL_TOKENS, Tokeniz
 
 SHARD_BYTES = 2 * 10**9  # a file of the target; a larger tensor has a file for itself
 
-QUESTION_ANSWER_TEMPLATE = """\
-{{ bos_token }}{% for message in messages %}
-{{ {"user": "Question", "assistant": "Answer"}.get(message.role, "Instruction") }}:
-{{ message.content }}{{ eos_token }}
-{% endfor %}
-{% if add_generation_prompt %}
-Answer:
-{% endif %}
-"""
 _BRACKETS = {"bos": "[CLS]", "eos": "[SEP]", "mask": "[MASK]", "pad": "[PAD]", "unk": "[UNK]"}
 _BRACKETS |= {"cls": "[CLS]", "sep": "[SEP]"}
 _ANGLES = {"bos": "<s>", "eos": "</s>", "mask": "<mask>", "pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>"}
@@ -189,8 +180,6 @@ def prepare_tokenizer(tokenizer: Tokenizer, kind: str, needed: tuple) -> tuple[d
     """
     wanted = {role: SPECIAL_TOKENS[role] for role in ("mask", "bos", "pad", "eos")}
     reserved = {}
-    if kind in ENCODER_TOKENS:
-        tokenizer.chat_template = tokenizer.chat_template or QUESTION_ANSWER_TEMPLATE
     if "del" in needed:
         wanted["del"] = DEL_TOKEN
         message = ["<|im_end|>", "<|im_start|>"]
@@ -236,6 +225,8 @@ def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: 
     def find(name: str) -> Lazy | None:
         return next((have[spelling] for spelling in spellings(name, kind) if spelling in have), None)
 
+    if source := find(embedding):
+        source.check(*parameters[embedding].shape)  # before new heads of these sizes are made
     may_be_tied = config.tie_word_embeddings or not any(name.startswith("model.") for name in have)
     transform = [name for name in parameters if name.startswith(("model.transform.", "model.head."))]
     if transform and not any(map(find, transform)):  # an encoder saved without its prediction transform
@@ -280,9 +271,9 @@ def make_plan(have: dict[str, Lazy], config, to: str, new_ids: list[int], rows: 
 
 def skeleton(config, to: str) -> tuple[nn.Module, tuple[str, ...]]:
     """The target, without memory for its weights, and the names of its vocabulary heads."""
+    if to in methods.METHODS:
+        return checkpoints.build(config, "meta"), methods.get(to).HEADS
     with torch.device("meta"):
-        if to in methods.METHODS:
-            return checkpoints.build(config), methods.get(to).HEADS
         lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.vocab_bias)
         return nn.ModuleDict({"model": models.backbone(config), "lm_head": lm_head}), ("lm_head",)
 
@@ -377,7 +368,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise OSError(f"--output_dir {output}: not empty; choose another folder, or pass --overwrite")
     if (output / checkpoints.STATE).is_file():
         raise OSError(f"--output_dir {output}: holds a checkpoint of a run; choose another folder")
-    checkpoints.check_writable(output if output.exists() else output.parent, output)
+    checkpoints.check_writable((output if output.exists() else output.parent) / ".writable", f"--output_dir {output}")
 
 
 def publish(written: Path, output: Path) -> None:
@@ -407,7 +398,8 @@ def convert(args) -> None:
         config.other = {field: value for field, value in config.other.items() if field.endswith("_token_id")}
     method = methods.METHODS.get(args.to)
     if method:
-        config.nanoedit = {"method": args.to} | method.remember(args, config.nanoedit)
+        remembered = config.nanoedit or methods.published(args.to)
+        config.nanoedit = {"method": args.to} | method.remember(args, remembered)
     have = checkpoints.find_tensors(directory, FORMATS, fetch)
 
     tokenizer, rows = open_tokenizer(directory, config.model_type), config.vocab_size

@@ -19,15 +19,11 @@ the letter, those labels never reach the target on 27 % of random pairs over 2 s
 
 import warnings
 from array import array
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import accumulate, pairwise
 
 import numpy as np
 
 from ragged import DEL, GAP, INS, KEEP, SUB
-
-_NO_COLUMNS = np.empty(0, np.uint8)
 
 try:
     import build_ext
@@ -37,8 +33,7 @@ except Exception as error:  # no compiler, no headers, a read-only folder, no cf
     _compiled = None
     warnings.warn(
         "edit distance falls back to plain Python (slow): compiling edit_distance.c failed. Install a C compiler "
-        "(Debian: apt install gcc python3-dev; macOS: xcode-select --install), then run `python build_ext.py`. "
-        f"The error was: {error}",
+        f"(Debian: apt install gcc python3-dev; macOS: xcode-select --install), run `python build_ext.py`. ({error})",
         stacklevel=2,
     )
 
@@ -57,9 +52,9 @@ def edit_script(noisy, clean) -> np.ndarray:
     return edit_scripts([noisy], [clean])[0]
 
 
-def edit_scripts(noisy: list, clean: list, threads: int = 1) -> list[np.ndarray]:
-    """`edit_script` for many pairs at once: one call into C, or one per thread; the GIL is released."""
-    return _scripts(*_pack(noisy, "noisy"), *_pack(clean, "clean"), threads)
+def edit_scripts(noisy: list, clean: list) -> list[np.ndarray]:
+    """`edit_script` for many pairs at once: one call into C, during which other threads may run."""
+    return _split(*_scripts(*_pack(noisy, "noisy"), *_pack(clean, "clean")))
 
 
 def align(x0, x1) -> tuple[np.ndarray, np.ndarray]:
@@ -73,11 +68,10 @@ def align(x0, x1) -> tuple[np.ndarray, np.ndarray]:
 def align_batch(x0: list, x1: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`align` for B pairs: z0 and z1 of all pairs end to end, and how many columns each pair has, int64 [B]."""
     (x, x_fence), (y, y_fence) = _pack(x0, "x0"), _pack(x1, "x1")
-    scripts = _scripts(x, x_fence, y, y_fence)
-    op = np.concatenate(scripts or [_NO_COLUMNS])
+    op, fence = _scripts(x, x_fence, y, y_fence)
     z0, z1 = np.full((2, len(op)), GAP, dtype=np.int64)
     z0[op != INS], z1[op != DEL] = x, y
-    return z0, z1, np.array([len(script) for script in scripts], dtype=np.int64)
+    return z0, z1, np.diff(fence)
 
 
 def edit_labels(noisy, clean, del_id: int, eos_id: int, ignore_id: int = -100) -> tuple[np.ndarray, np.ndarray]:
@@ -95,55 +89,58 @@ def edit_labels(noisy, clean, del_id: int, eos_id: int, ignore_id: int = -100) -
     return edit_labels_batch([noisy], [clean], del_id, eos_id, ignore_id)[0]
 
 
-def edit_labels_batch(noisy: list, clean: list, del_id: int, eos_id: int, ignore_id: int = -100, threads: int = 1):
+def edit_labels_batch(noisy: list, clean: list, del_id: int, eos_id: int, ignore_id: int = -100):
     """`edit_labels` for many pairs at once: a list of (token_target, insert_target)."""
     (x, x_fence), (y, y_fence) = _pack(noisy, "noisy"), _pack(clean, "clean")
     ambiguous = (y == del_id) | (y == eos_id)
     if ambiguous.any():
         pair = np.searchsorted(y_fence, ambiguous.argmax(), side="right") - 1
         raise ValueError(f"clean[{pair}] contains del_id or eos_id: its labels would be ambiguous. Remove them there.")
-    op = np.concatenate(_scripts(x, x_fence, y, y_fence, threads) or [_NO_COLUMNS])
-    pair = np.arange(len(noisy) + 1)
-    right = np.insert(y.astype(np.int64), y_fence[1:], eos_id)  # eos_id behind each pair: y[j], of pair b, at j + b
-    deleted = op[op != INS] == DEL  # per noisy token, as the next three
-    after = np.cumsum(op != DEL)[op != INS] + np.repeat(pair[:-1], np.diff(x_fence))  # where in `right` its column ends
-    token_target = np.where(deleted, del_id, right[after - 1])
-    insert_target = np.where(deleted, ignore_id, right[after])
-    insert_target = np.insert(insert_target, x_fence[:-1], right[(y_fence + pair)[:-1]])  # the gaps in front
-    return list(zip(_split(token_target, x_fence), _split(insert_target, x_fence + pair)))
+    script, fence = _scripts(x, x_fence, y, y_fence)
+    if _compiled is None:
+        both = zip(_split(script, fence), _split(y, y_fence))
+        return [_labels_in_python(op, right, del_id, eos_id, ignore_id) for op, right in both]
+    token_target, insert_target = np.empty(len(x), np.int64), np.empty(len(x) + len(noisy), np.int64)
+    ids = del_id, eos_id, ignore_id
+    _call("edit_labels", len(noisy), y, y_fence, script, fence, *ids, token_target, insert_target)
+    return list(zip(_split(token_target, x_fence), _split(insert_target, x_fence + np.arange(len(x_fence)))))
 
 
-def _scripts(x, x_fence, y, y_fence, threads=1) -> list[np.ndarray]:
-    """The script of every pair; `_pack` says how they arrive."""
+def _scripts(x, x_fence, y, y_fence) -> tuple[np.ndarray, np.ndarray]:
+    """The scripts of all pairs end to end, uint8, and their fences; `_pack` says what that is."""
     pairs = len(x_fence) - 1
     if len(y_fence) - 1 != pairs:
         raise ValueError(f"{pairs} noisy sequences, but {len(y_fence) - 1} clean ones")
     if _compiled is None:
         both = zip(_split(x, x_fence), _split(y, y_fence))
-        return [np.array(script_in_python(a.tolist(), b.tolist()), np.uint8) for a, b in both]
-    script, length = np.empty(len(x) + len(y), np.uint8), np.empty(pairs, np.int64)
-    types = {1: "uint8_t[]", 4: "int32_t[]", 8: "int64_t[]"}
-    arrays = [_compiled.ffi.from_buffer(types[a.itemsize], a) for a in (x, x_fence, y, y_fence, script, length)]
-    run = partial(_compiled.lib.edit_scripts, pairs, *arrays, threads)
-    if threads == 1:
-        failed = run(0)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            failed = any(pool.map(run, range(threads)))
-    if failed:
+        script, fence = _pack([script_in_python(a.tolist(), b.tolist()) for a, b in both], "script")
+        return script.astype(np.uint8), fence
+    script, fence = np.empty(len(x) + len(y), np.uint8), np.empty(pairs + 1, np.int64)
+    if _call("edit_scripts", pairs, x, x_fence, y, y_fence, script, fence):
         raise MemoryError("edit distance: the table needs 2 bits per cell (n * m / 4 bytes) for the longest pair")
-    return [script[a : a + k] for a, k in zip((x_fence + y_fence).tolist(), length.tolist())]
+    return script[: fence[-1]], fence
+
+
+def _call(function: str, *arguments):
+    """A function of edit_distance.c; it reads and writes the arrays where they are."""
+    types = {1: "uint8_t[]", 4: "int32_t[]", 8: "int64_t[]"}
+    pointer = _compiled.ffi.from_buffer
+    arguments = [pointer(types[a.itemsize], a) if isinstance(a, np.ndarray) else a for a in arguments]
+    return getattr(_compiled.lib, function)(*arguments)
 
 
 def _pack(sequences, name):
     """Sequences end to end as int32 [T], and their fences int64 [B + 1]: b lies between fence[b] and fence[b + 1]."""
-    if set(map(type, sequences)) != {np.ndarray}:
-        sequences = [np.asarray(array("q", s) if isinstance(s, (list, tuple)) else s) for s in sequences]
-    row = np.concatenate(sequences) if sequences else np.empty(0, np.int32)
-    if row.ndim != 1 or row.dtype.kind not in "iu":
-        raise TypeError(f"{name}: sequences must be 1-D and of integers, found {row.ndim}-D and {row.dtype}")
-    if row.dtype != np.int32 and len(row) and not -(2**31) <= row.min() <= row.max() < 2**31:
-        raise ValueError(f"{name}: token ids must fit in int32, found {row.min()} to {row.max()}")
+    try:
+        if set(map(type, sequences)) != {np.ndarray}:
+            sequences = [np.asarray(array("i", s) if isinstance(s, (list, tuple)) else s) for s in sequences]
+        row = np.concatenate(sequences) if sequences else np.empty(0, np.int32)
+        if row.ndim != 1 or row.dtype.kind not in "iu":
+            raise TypeError(f"{name}: sequences must be 1-D and of integers, found {row.ndim}-D and {row.dtype}")
+        if row.dtype != np.int32 and len(row) and not -(2**31) <= row.min() <= row.max() < 2**31:
+            raise OverflowError  # as `array` does
+    except OverflowError:
+        raise ValueError(f"{name}: token ids must fit in int32") from None
     return row.astype(np.int32, copy=False), np.array([0, *accumulate(map(len, sequences))], np.int64)
 
 
@@ -172,6 +169,13 @@ def script_in_python(noisy: list, clean: list) -> list[int]:
         else:
             op = INS
         script.append(op)
-        i += op != INS
-        j += op != DEL
+        i, j = i + (op != INS), j + (op != DEL)
     return script
+
+
+def _labels_in_python(op, clean, del_id, eos_id, ignore_id) -> tuple[np.ndarray, np.ndarray]:
+    """The labels of one pair, read off its script: the fallback."""
+    right, after = np.append(clean, eos_id), np.cumsum(op != DEL)[op != INS]  # of each noisy token: what comes next
+    deleted = op[op != INS] == DEL
+    insert_target = np.where(deleted, ignore_id, right[after])
+    return np.where(deleted, del_id, right[after - 1]), np.append(right[0], insert_target)

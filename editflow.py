@@ -102,11 +102,17 @@ class Schedule(NamedTuple):
         return min(1.0, (self.at(t_next) - self.at(t)) / max(1 - self.at(t), 1e-12))
 
 
+PUBLISHED_SCHEDULES = {
+    "LinearKappaScheduler": "linear", "CosineKappaScheduler": "cosine", "CubicKappaScheduler": "cubic[a:1,b:1]"
+}  # fmt: skip
+
+
 @cache
 def parse_schedule(spec: str) -> Schedule:
     """linear | cosine | cubic (t^3, the paper's choice) | cubic[a:A,b:B], with kappa(0) = 0 and kappa(1) = 1:
     (a + 1) t^3 - (a + b + 1) t^2 + (b + 1) t. Raises ValueError for other names and where kappa would fall.
     """
+    spec = PUBLISHED_SCHEDULES.get(spec, spec)
     name, arguments = parse_spec(spec, {"linear": (), "cosine": (), "cubic": ("a", "b")}, "schedule")
     if name == "linear":
         return Schedule(lambda t: t, lambda t: torch.ones_like(t))
@@ -196,7 +202,7 @@ class Model(nn.Module):
         super().__init__()
         stored = stored or {}
         if stored.get("time_conditioned"):
-            raise ValueError("t at the input is not read any more; `convert.py --to editflow` leaves it out")
+            raise ValueError("checkpoints with t at the input are not read any more; convert.py --to editflow drops it")
         self.model = backbone
         self.rate_heads = nn.Sequential(nn.Linear(D, 3), nn.Softplus())  # lambda of SUBSTITUTE, DELETE, INSERT
         self.sub_logits = nn.Linear(D, V, bias=bias)  # what a substituted token becomes
@@ -608,14 +614,15 @@ TITLE = "Edit Flows"
 HEADS = ("sub_logits", "ins_logits")
 TOKENS = ()
 PACKED = False
+PUBLISHED = {"schedule": "linear", "x0_sampler": "masks[length:64]", "temperature": 0.0}
 
 
 def model_flags(f) -> None:
     f.text("--x0_sampler", read=parse_source,
            help="start: empty, masks[length:64], uniform[length:100], draft (default: the checkpoint's, else empty)")
-    f.text("--schedule", read=parse_schedule,
+    f.text("--schedule", "--scheduler_cls", read=parse_schedule,
            help="kappa: linear, cosine, cubic, cubic[a:A,b:B] (default: the checkpoint's, else cubic)")
-    f.flag("--time_conditioned", help="the heads of a new model know t")
+    f.flag("--time_conditioned", default=None, help="the heads of a new model know t (default: True)")
     f.number("--prompt_dropout", low=0, below=1,
              help="share of the examples shown without prompt, for --guidance (default: the checkpoint's, else 0)")
 
@@ -648,7 +655,7 @@ def remember(args, stored: dict) -> dict:
     x0_sampler = args.x0_sampler or stored.get("x0_sampler", "empty")
     parse_schedule(schedule), parse_source(x0_sampler)
     dropout = stored.get("prompt_dropout", 0.0) if args.prompt_dropout is None else args.prompt_dropout
-    clock = bool(args.time_conditioned or stored.get("clock"))
+    clock = stored.get("clock", False) or bool(args.time_conditioned) if stored else args.time_conditioned is not False
     return {"schedule": schedule, "x0_sampler": x0_sampler, "clock": clock, "prompt_dropout": dropout}
 
 

@@ -27,7 +27,8 @@ class LoRALinear(nn.Module):
         self.scale, self.dropout = alpha / rank, dropout
 
     def forward(self, x):
-        return self.base(x) + self.scale * self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training)))
+        learning = self.training and torch.is_grad_enabled()  # rollouts and evaluations see no dropout
+        return self.base(x) + self.scale * self.lora_B(self.lora_A(F.dropout(x, self.dropout, learning)))
 
 
 def add(model: nn.Module, rank=32, alpha=64.0, dropout=0.05, four_bit=False, seed=0) -> nn.Module:

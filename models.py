@@ -9,8 +9,8 @@ Read in this order:
     init_weights, pad_rows       random weights; a help for bf16 on CPUs
 
 A language model that edits must look both ways, so decoder-only checkpoints (Llama, Qwen, ...) run here without their
-causal mask. What a method adds on top, its heads, stands in the file of the method; how checkpoints are read and
-written, in plumbing/checkpoints.py.
+causal mask, unless the text asks for it (`Ragged.causal`, for ar.py). What a method adds on top, its heads, stands in
+the file of the method; how checkpoints are read and written, in plumbing/checkpoints.py.
 """
 
 import math
@@ -53,12 +53,13 @@ class Config:
 SHORT = 192  # up to this length one padded call trains faster than a call per sequence on CPU
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None = None) -> Tensor:
-    """Bidirectional attention inside each sequence of a ragged batch.
+def attend(q: Tensor, k: Tensor, v: Tensor, x: Ragged, window: int | None = None) -> Tensor:
+    """Attention inside each sequence of a ragged batch, in both directions unless x.causal.
 
     q [T, H, hd]; k, v [T, KV, hd] with H a multiple of KV; returns [T, H, hd].
     window: None for full attention, else token i sees the tokens j with |i - j| <= window.
     """
+    cu_seqlens, max_seqlen = x.cu_seqlens, x.max_seqlen
     q, k = q.to(v.dtype), k.to(v.dtype)  # norms on the way may have made them float32 (Qwen3 under autocast on CUDA)
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         from torch.nn.attention.varlen import varlen_attn
@@ -66,31 +67,38 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
         side = -1 if window is None else window
         groups = q.shape[1] // k.shape[1]  # expanded here: torch 2.11 has no enable_gqa
         k, v = (z.repeat_interleave(groups, dim=1) if groups > 1 else z for z in (k, v))
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(side, side))
+        sides = side, 0 if x.causal else side
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=sides)
     if max_seqlen <= SHORT and torch.is_grad_enabled():
-        return attend_padded(q, k, v, cu_seqlens, max_seqlen, window)
+        return attend_padded(q, k, v, x, window)
     fences = cu_seqlens.tolist()
-    rows = [attend_one(q[a:b], k[a:b], v[a:b], window) for a, b in zip(fences[:-1], fences[1:]) if b > a]
+    rows = [attend_one(q[a:b], k[a:b], v[a:b], x.causal, window) for a, b in zip(fences[:-1], fences[1:]) if b > a]
     return torch.cat(rows)
 
 
-def attend_one(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def sees(length: int, causal: bool, window: int | None, device) -> Tensor | None:
+    """bool [L, L]: whether token i sees token j; None where all see all."""
+    if not causal and (window is None or length <= window + 1):
+        return None
+    i = torch.arange(length, device=device)
+    distance = i[:, None] - i
+    near = distance.abs() <= (length if window is None else window)
+    return near & (distance >= 0) if causal else near
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> Tensor:
     """One sequence: q [L, H, hd]; k, v [L, KV, hd]."""
-    mask = None
-    if window is not None and len(q) > window + 1:
-        i = torch.arange(len(q), device=q.device)
-        mask = (i[:, None] - i).abs() <= window
+    mask = sees(len(q), causal, window, q.device)
     q, k, v = (z.transpose(0, 1)[None] for z in (q, k, v))  # [1, H, L, hd]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
 
-def attend_padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, L: int, window: int | None) -> Tensor:
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, x: Ragged, window: int | None) -> Tensor:
     """All sequences in one call: scattered into [B, L], attended under a mask, gathered again."""
-    column = torch.arange(L, device=q.device)
-    filled = column < cu_seqlens.diff()[:, None]  # [B, L]
-    visible = filled[:, None, None, :] | ~filled[:, None, :, None]  # [B, 1, L, L]; padding sees all, or it would be NaN
-    if window is not None:
-        visible = visible & (((column[:, None] - column).abs() <= window) | ~filled[:, None, :, None])
+    filled = torch.arange(x.max_seqlen, device=q.device) < x.cu_seqlens.diff()[:, None]  # [B, L]
+    visible, mask = filled[:, None, None, :], sees(x.max_seqlen, x.causal, window, q.device)
+    visible = visible if mask is None else visible & mask
+    visible = visible | ~filled[:, None, :, None]  # [B, 1, L, L]; padding sees all, or it would be NaN
     q, k, v = (z.new_zeros(*filled.shape, *z.shape[1:]).index_put((filled,), z).transpose(1, 2) for z in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True).transpose(1, 2)[filled]
 
@@ -156,7 +164,7 @@ class DecoderAttention(nn.Module):
     def forward(self, h, rope, x: Ragged):
         q, k, v = (proj(h).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
-        return self.o_proj(attend(q, k, v, x.cu_seqlens, x.max_seqlen).flatten(1))
+        return self.o_proj(attend(q, k, v, x).flatten(1))
 
 
 class SwiGLU(nn.Module):
@@ -251,7 +259,7 @@ class ModernBertLayer(nn.Module):
     def forward(self, h, rope, x: Ragged, window):
         qkv = self.attn["Wqkv"](self.attn_norm(h)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.unbind(1)  # each [T, H, hd]
-        mixed = attend(rotate(q, *rope), rotate(k, *rope), v, x.cu_seqlens, x.max_seqlen, window)
+        mixed = attend(rotate(q, *rope), rotate(k, *rope), v, x, window)
         h = h + self.attn["Wo"](mixed.flatten(1))
         value, gate = self.mlp["Wi"](self.mlp_norm(h)).chunk(2, dim=-1)
         return h + self.mlp["Wo"](F.gelu(value) * gate)
@@ -323,7 +331,7 @@ class BertLayer(nn.Module):
     def forward(self, h, x: Ragged):
         own, out = self.attention["self"], self.attention["output"]
         q, k, v = (own[name](h).unflatten(-1, (self.heads, -1)) for name in ("query", "key", "value"))
-        h = out["LayerNorm"](h + out["dense"](attend(q, k, v, x.cu_seqlens, x.max_seqlen).flatten(1)))
+        h = out["LayerNorm"](h + out["dense"](attend(q, k, v, x).flatten(1)))
         return self.output["LayerNorm"](h + self.output["dense"](F.gelu(self.intermediate["dense"](h))))
 
 

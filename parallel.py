@@ -16,6 +16,7 @@ All modes compute the same: the mean gradient over the micro-batches of all proc
 
 import contextlib
 import datetime
+import faulthandler
 import os
 import signal
 import sys
@@ -32,6 +33,8 @@ from tqdm import tqdm
 import models
 
 MODES = ("ddp", "zero1", "fsdp")
+LIMIT = datetime.timedelta(minutes=5)  # of waiting for the others within a step: then one of them stands still
+PATIENCE = datetime.timedelta(hours=2)  # in a barrier: one of them may be writing a large checkpoint, or fetching one
 
 
 class Ranks:
@@ -48,11 +51,11 @@ class Ranks:
         self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
         self.is_main = self.rank == 0
         if self.world > 1:
-            wait = datetime.timedelta(minutes=30)  # a checkpoint of a large model takes its time
-            self.store, _, _ = next(dist.rendezvous("env://", timeout=wait))
+            self.store, _, _ = next(dist.rendezvous("env://", timeout=LIMIT))
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             group = dist.PrefixStore("group", self.store)
-            dist.init_process_group(backend, store=group, rank=self.rank, world_size=self.world, timeout=wait)
+            dist.init_process_group(backend, store=group, rank=self.rank, world_size=self.world, timeout=LIMIT)
+            self.patient = dist.new_group(timeout=PATIENCE, backend="gloo")
 
     def __enter__(self):
         return self
@@ -60,6 +63,7 @@ class Ranks:
     def __exit__(self, kind, error, _):
         if self.world == 1:
             return
+        faulthandler.cancel_dump_traceback_later()
         if error is None or isinstance(error, SystemExit):
             dist.destroy_process_group()
             return
@@ -67,17 +71,18 @@ class Ranks:
             is_first = self.store.add("failed", 1) == 1
         except RuntimeError:  # the process that keeps the store is gone
             is_first = False
-        lost = isinstance(error, RuntimeError) and "onnection" in str(error)
-        if is_first and lost:
-            print(f"rank {self.rank} ends: the connection to another process, which has died, is lost", file=sys.stderr)
-        elif is_first and isinstance(error, ValueError | OSError | MemoryError):
-            print(f"{os.path.basename(sys.argv[0])}: error: rank {self.rank}: {error}", file=sys.stderr)
-        elif is_first:
-            traceback.print_exception(error)
+        name, of_group, text = f"rank {self.rank} ends", isinstance(error, RuntimeError), str(error)
+        if not is_first:
+            text = f"{name}, because another process did" + f": {text.partition(chr(10))[0]}" * of_group
+        elif of_group and "onnection" in text:
+            text = f"{name}: the connection to another process, which has died, is lost"
+        elif of_group and "imed out" in text:
+            text = f"{name}: it has waited {LIMIT} for another process, which stands still"
+        elif isinstance(error, ValueError | OSError | MemoryError):
+            text = f"{os.path.basename(sys.argv[0])}: error: rank {self.rank}: {text}"
         else:
-            where = f": {str(error).splitlines()[0]}" if isinstance(error, RuntimeError) else ""
-            print(f"rank {self.rank} ends, because another process did{where}", file=sys.stderr)
-        sys.stderr.flush()
+            text = "".join(traceback.format_exception(error))
+        print(text, file=sys.stderr, flush=True)
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)  # threads of a broken group would hold it back
 
     def say(self, text: str) -> None:
@@ -107,7 +112,10 @@ class Ranks:
         return {k: sum(s.get(k, 0) for s, _ in everyone) / sum(n.get(k, 0) for _, n in everyone) for k in keys}
 
     def barrier(self) -> None:
-        self.all_reduce_max(0)
+        """Waits for the others, also where the work of one takes longer than LIMIT."""
+        if self.world > 1:
+            faulthandler.cancel_dump_traceback_later()
+            dist.barrier(self.patient)
 
 
 class Stopped(Exception):
@@ -116,23 +124,30 @@ class Stopped(Exception):
 
 class StopSignal:
     """Ctrl-C and SIGTERM end the run before the next micro-batch, after saving; so do data that cannot be had. A second
-    Ctrl-C ends it at once."""
+    Ctrl-C ends it at once, unless a launcher may have sent on the first.
 
-    def __init__(self, ranks: Ranks, notify):
-        """notify is called when a signal comes, for whoever waits for something."""
-        self.requested, self.status, self.ranks, self.notify = False, 0, ranks, notify
+    The next signal may interrupt a handler anywhere. So it sets flags, and takes no lock (as threading.Event would).
+    """
+
+    requested = False  # of this process, for whoever waits for something
+
+    def __init__(self, ranks: Ranks):
+        StopSignal.requested, self.status, self.ranks = False, 0, ranks
         self.fault, self.failed = None, False  # what this process met; whether any did
         signal.signal(signal.SIGTERM, self.receive)
         signal.signal(signal.SIGINT, self.receive)
 
     def receive(self, number, frame):
-        self.requested, self.status = True, 130 if number == signal.SIGINT else 0
-        self.notify()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        StopSignal.requested, self.status = True, 130 if number == signal.SIGINT else 0
+        if "RANK" not in os.environ:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def check(self, work=lambda: None):
         """What work() returns; raises Stopped on all processes as soon as one has been asked to stop, or work() met a
-        fault. All must call it equally often."""
+        fault. All must call it equally often; a process that does not come back says where it stands, before the others
+        lose patience."""
+        if self.ranks.world > 1:
+            faulthandler.dump_traceback_later(0.8 * LIMIT.total_seconds(), file=2)
         result, fault = None, None
         try:
             result = work()
@@ -188,16 +203,6 @@ class ParallelModel:
         return self.callee(function, *args, **kwargs)
 
     @contextlib.contextmanager
-    def inference(self):
-        """No gradients and no dropout inside."""
-        self.callee.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.callee.train()
-
-    @contextlib.contextmanager
     def micro_batch(self, last: bool):
         """Around the forward and backward pass of a micro-batch: gradients are exchanged with the last one only."""
         if self.is_sharded:
@@ -221,9 +226,11 @@ class ParallelModel:
     def run_on_rank0(self, function, *args):
         """function(model, ...) on rank 0, for work in which nobody can say beforehand how many forward passes it takes.
         A sharded model makes these on all processes together. Returns None on the others."""
-        if not self.is_sharded:
-            return function(self.plain, *args) if self.ranks.is_main else None
-        return self(_rank0_leads, self.ranks, function, *args)
+        if self.is_sharded:
+            return self(_rank0_leads, self.ranks, function, *args)
+        result = function(self.plain, *args) if self.ranks.is_main else None
+        self.ranks.barrier()
+        return result
 
 
 def _rank0_leads(model: nn.Module, ranks: Ranks, function, *args):
@@ -245,17 +252,25 @@ def _rank0_leads(model: nn.Module, ranks: Ranks, function, *args):
 
 
 def bf16_autocast(wanted: bool, model: nn.Module, ranks: Ranks) -> torch.autocast:
-    """Products in bf16, if that is wanted and this processor can.
+    """Products in bf16, if that is wanted and possible.
 
     Without autocast's cache: bf16 copies of weights made in a rollout have no place in the graph of the loss after it.
     """
+    wanted = bf16_if_possible(wanted, ranks.device, ranks.say)
     if wanted and ranks.device.type == "cpu":
-        wanted = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        if wanted:
-            models.pad_rows(model.model)
-        else:
-            ranks.say("--bf16: this processor has no bf16 units and would be 8 times slower; going on in float32")
+        models.pad_rows(model.model)
     return torch.autocast(ranks.device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)
+
+
+def bf16_if_possible(wanted: bool, device: torch.device | str, say=lambda text: print(text, file=sys.stderr)) -> bool:
+    """Whether to compute in bf16: where it is wanted, and the hardware has units for it."""
+    if torch.device(device).type == "cuda":
+        possible = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        possible = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if wanted and not possible:
+        say("--bf16: no bf16 units here, without them it is some ten times slower; going on in float32")
+    return wanted and possible
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

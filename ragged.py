@@ -18,7 +18,7 @@ D hidden, V vocabulary, N selected rows.
     weighted_nll   cross-entropy on chosen rows
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import torch
@@ -38,12 +38,14 @@ class Ragged:
     cu_seqlens int32 [B + 1], cu_seqlens[0] = 0, cu_seqlens[B] = T, never decreasing
     max_seqlen length of the longest sequence
     frozen     uint8 [T] FREE, ANCHOR or FROZEN for every token; None where nobody edits
+    causal     whether a token sees only those before it, and not those behind it as well
     """
 
     ids: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
     frozen: Tensor | None = None
+    causal: bool = False
 
     @staticmethod
     def pack(sequences, device=None) -> "Ragged":
@@ -66,8 +68,8 @@ class Ragged:
         return [ids[a:b] for a, b in zip(fences[:-1], fences[1:])]
 
     def to(self, device) -> "Ragged":
-        frozen = None if self.frozen is None else self.frozen.to(device)
-        return Ragged(self.ids.to(device), self.cu_seqlens.to(device), self.max_seqlen, frozen)
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     def select(self, chosen: Tensor) -> "Ragged":
         """The sequences for which chosen, bool [B], is true."""

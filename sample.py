@@ -10,15 +10,19 @@ masks, then up to --edit_diffusion_step passes edit the draft.
 
 import json
 import os
+import re
 import sys
 from contextlib import suppress
-from itertools import combinations
+from itertools import accumulate, combinations
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py, and before torch
 
 import torch
 from tqdm import tqdm
 
 import data
+import parallel
 from plumbing import checkpoints, cli, methods
 from plumbing.picture import Trace, show, write_gif, write_html
 
@@ -33,12 +37,15 @@ def parse_args(argv=None):
         f.choice("--prompt", type=cli.text, nargs="+", help="one or more prompts; without any: text from scratch")
         f.choice("--prompt_file", help="many prompts in one batch: one per line (.txt) or record (.jsonl, .json, ...)")
         f.flag("--interactive", help="chat on the terminal; an empty line generates from scratch")
-    f.flag("--chat_template", default=True,
-           help="wrap prompts in the checkpoint's chat template, if it was trained with one")
-    f.choice("--draft", type=cli.text, help="a text to start from instead of masks or nothing (Edit Flows)")
+    f.choice("--text_field", help="field of a record of --prompt_file that holds a prompt alone")
+    data.add_flags(f)
+    f.choice("--suffix", type=cli.text, help="what stands behind the text: a middle of unknown length is written")
+    f.choice("--draft", type=cli.text, help="a text to edit, instead of starting from masks or nothing")
+    f.choice("--freeze", type=cli.text, nargs="+", metavar="PART", help="parts of --draft that must stay as they are")
     f.integer("--num_samples", low=1, default=1, help="texts per prompt, with seeds seed, seed + 1, ...")
     f.integer("--batch_size", low=1, default=32, help="texts generated at once")
     f.integer("--seed", low=0, default=0, help="of the first text of each prompt")
+    f.group("output")
     f.choice("--output", default="-", help="a .jsonl file for the results (- prints them)")
     f.flag("--bf16", help="compute in bf16")
     f.flag("--show", help="watch the first text being written on the terminal")
@@ -52,14 +59,15 @@ def parse_args(argv=None):
     args = f.parse_args(argv)
     args.files = {} if args.output == "-" else {"--output": args.output}
     args.files |= {flag: file for flag in WRITERS if (file := getattr(args, flag[2:]))}
-    clashes = {"--draft": args.draft is not None, "--num_samples": args.num_samples > 1} | args.files
+    clashes = {"--draft": args.draft is not None, "--suffix": args.suffix is not None}
+    clashes |= {"--num_samples": args.num_samples > 1} | args.files
     for name in [name for name, given in clashes.items() if args.interactive and given]:
         f.error(f"{name} does not go with --interactive")
     start = args.x0_sampler or "draft"
     if args.draft is not None and (args.mask_length is not None or start != "draft"):
         f.error("--draft is where to start; leave out --mask_length and --x0_sampler")
-    if args.draft is None and args.x0_sampler == "draft":
-        f.error("--x0_sampler draft starts from a text: give it with --draft")
+    if args.draft is None and (args.x0_sampler == "draft" or args.freeze):
+        f.error(f"{'--freeze' if args.freeze else '--x0_sampler draft'} is about a text: give it with --draft")
     files = {"--prompt_file": args.prompt_file} | args.files
     given = [(flag, os.path.realpath(file)) for flag, file in files.items() if file]
     for (flag, file), (other, same) in combinations(given, 2):
@@ -72,17 +80,21 @@ class Sampler:
     """A checkpoint, and the settings with which it is asked."""
 
     def __init__(self, directory: Path, args, device: str):
-        self.model, self.tokenizer = checkpoints.open_for_inference(directory, device, args.bf16)
+        bf16 = parallel.bf16_if_possible(args.bf16, device)
+        self.model, self.tokenizer = checkpoints.open_for_inference(directory, device, bf16)
         self.method, self.args = methods.of(self.model), args
+        self.tokenizer.configure(args.chat_template, args.raw_control_tokens)
         self.settings = methods.sampling_settings(self.method, args, self.model, self.tokenizer)
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """A conversation as the model was trained to see it; without messages the beginning-of-text token alone."""
-        return data.encode_prompt(messages, self.tokenizer, chat_template=self.args.chat_template)
+        return data.encode_prompts([messages], self.tokenizer)[0]
 
-    def generate(self, prompts, seeds, drafts=None, on_step=None):
-        methods.check_lengths(self.method, prompts, self.settings, drafts)
-        return self.method.generate(self.model, prompts, self.settings, seeds, drafts, on_step=on_step)
+    def generate(self, prompts, seeds, on_step=None, **given):
+        """given: drafts, keep, suffixes."""
+        fixed = [p + s for p, s in zip(prompts, given.get("suffixes", [[]] * len(prompts)))]
+        methods.check_lengths(self.method, fixed, self.settings, given.get("drafts"))
+        return self.method.generate(self.model, prompts, self.settings, seeds, **given, on_step=on_step)
 
     def trace(self, prompt: list[int], live=None) -> Trace:
         t = self.tokenizer
@@ -94,12 +106,31 @@ def draft_ids(tokenizer, draft: str) -> list[int]:
     return [*tokenizer.encode(draft), *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
 
 
+def frozen_tokens(tokenizer, draft: list[int], parts: list[str]) -> list[bool]:
+    """Which tokens of a draft hold some of these parts of its text. Raises ValueError for one that does not occur, and
+    where nothing would be left to edit."""
+    pieces = tokenizer.pieces(draft)
+    ends = list(accumulate(map(len, pieces)))
+    text, frozen = "".join(pieces), [False] * len(draft)
+    for part in parts:
+        found = [(m.start(), m.end()) for m in re.finditer(re.escape(part), text)]
+        if not found:
+            raise ValueError(f"--freeze {part!r} does not occur in --draft")
+        for start, end in found:
+            frozen = [f or (e - len(p) < end and e > start) for f, p, e in zip(frozen, pieces, ends)]
+    if all(f or token == tokenizer.eos_id for f, token in zip(frozen, draft)):
+        raise ValueError("--freeze covers all of --draft: nothing is left to edit")
+    return frozen
+
+
 def main(argv=None):
     args = parse_args(argv)
-    check_writable(*args.files.values())
+    for flag, file in args.files.items():  # now rather than after the work is done
+        checkpoints.check_writable(Path(file), f"{flag} {file}")
+    named = data.named_fields(args)
     conversations = [[{"role": "user", "content": p}] for p in args.prompt or []] or [[]]
     if args.prompt_file:
-        conversations = data.read_prompts(args.prompt_file)
+        conversations = data.read_prompts(args.prompt_file, named)
         if not conversations:
             raise ValueError(f"{args.prompt_file}: holds no prompt")
     directory = checkpoints.local_path(args.model_name_or_path)
@@ -107,12 +138,16 @@ def main(argv=None):
     if args.interactive:
         return interact(sampler)
 
-    jobs = [(c, sampler.prompt(c), args.seed + k) for c in conversations for k in range(args.num_samples)]
-    draft = None if args.draft is None else draft_ids(sampler.tokenizer, args.draft)
+    asked = list(zip(conversations, data.encode_prompts(conversations, sampler.tokenizer)))
+    jobs = [(c, ids, args.seed + k) for c, ids in asked for k in range(args.num_samples)]
+    given = {"drafts": args.draft, "suffixes": args.suffix}
+    given = {name: draft_ids(sampler.tokenizer, text) for name, text in given.items() if text is not None}
+    if args.freeze:
+        given["keep"] = frozen_tokens(sampler.tokenizer, given["drafts"], args.freeze)
     names = [f"the prompt {c[-1]['content'][:40]!r}" if c else "a prompt" for c, _, _ in jobs]
-    prompts, drafts = [ids for _, ids, _ in jobs], None if draft is None else [draft] * len(jobs)
-    # now, and not when its batch comes up
-    methods.check_lengths(sampler.method, prompts, sampler.settings, drafts, names)
+    fixed = [ids + given.get("suffixes", []) for _, ids, _ in jobs]
+    drafts = [given["drafts"]] * len(jobs) if "drafts" in given else None
+    methods.check_lengths(sampler.method, fixed, sampler.settings, drafts, names)  # now, not when its batch comes up
     trace, wanted = None, {file: WRITERS[flag] for flag, file in args.files.items() if flag in WRITERS}
     if args.show or wanted:
         trace = sampler.trace(jobs[0][1], live=sys.stdout if args.show else None)
@@ -123,14 +158,15 @@ def main(argv=None):
             batch = jobs[i : i + args.batch_size]
 
             def on_step(*step, is_first=i == 0):
-                bar.update()
+                bar.update(step[-1] != "back")  # the corrector's way back takes no forward pass
                 if trace and is_first:
                     trace.on_step(*step)
 
-            drafts = None if draft is None else [draft] * len(batch)
-            texts = sampler.generate([ids for _, ids, _ in batch], [seed for _, _, seed in batch], drafts, on_step)
+            prompts, seeds = [ids for _, ids, _ in batch], [seed for _, _, seed in batch]
+            repeated = {name: [ids] * len(batch) for name, ids in given.items()}
+            texts = sampler.generate(prompts, seeds, on_step, **repeated)
             if trace and i == 0:
-                trace.finish([*jobs[0][1], *texts[0].tokens])
+                trace.finish([*jobs[0][1], *texts[0].tokens, *given.get("suffixes", [])])
                 if args.show and not trace.screen:  # on a terminal the frames have been seen
                     show(trace)
             out = out or open(args.output, "w", encoding="utf-8")  # noqa: SIM115
@@ -142,20 +178,6 @@ def main(argv=None):
     for file, write in wanted.items():
         write(trace, file)
         print(f"decode written to {file}", file=sys.stderr)
-
-
-def check_writable(*files) -> None:
-    """Raises OSError now rather than after the work is done."""
-    for file in map(Path, files):
-        try:
-            is_new = not file.exists()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(file, "a", encoding="utf-8"):
-                pass
-            if is_new:
-                file.unlink()
-        except OSError as e:
-            raise OSError(f"{file}: cannot be written ({e.strerror or e}); choose another path") from None
 
 
 def write_result(out, messages, generated, seed: int, tokenizer, count: int) -> None:
@@ -188,7 +210,7 @@ def interact(sampler: Sampler) -> None:
         import readline
 
         readline.parse_and_bind("set enable-bracketed-paste on")  # many lines that are pasted are one message
-    templated = sampler.args.chat_template and sampler.tokenizer.chat_template is not None
+    templated = sampler.tokenizer.writes_chats
     print("Chat." if templated else "Raw continuation.", HELP)
     history, turn = [], 0
     while True:

@@ -8,6 +8,7 @@ several positions at once mixes the phrasings up; editing can put that right.
 
 import hashlib
 import re
+from difflib import SequenceMatcher
 from itertools import product
 
 import numpy as np
@@ -16,7 +17,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from plumbing.tokenizer import NEW_CONFIG, SPECIAL_TOKENS, Tokenizer
 
-SOURCES = ("toy", "toy-repair")  # their names in a dataset spec; toy-repair has drafts
+SOURCES = ("toy", "toy-repair", "toy-infill")  # names in a dataset spec; with drafts, with the middle missing
 HELD_OUT = 304  # of 1008 prompts
 PROMPT = "{name} has {a} apples, {verb} {b}:"
 NAMES = ("Ann", "Ben", "Cora", "Dan", "Eva", "Finn", "Gil", "Hana")
@@ -41,7 +42,7 @@ def prompts(split: str) -> list[str]:
         if verb == "gets" or b <= a
     ]
     every.sort(key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
-    return {"test": every[:HELD_OUT], "train": every[HELD_OUT:]}[split]
+    return every[:HELD_OUT] if split == "test" else every[HELD_OUT:]
 
 
 def _parse(prompt: str) -> tuple[dict, list[str]]:
@@ -60,19 +61,41 @@ def valid_responses(prompt: str) -> set[str]:
     return {template.format(**problem) for template in templates}
 
 
-def check(prompt: str, response: str) -> tuple[bool, bool]:
-    """(the number after #### is right, the whole response is one of the right ones)"""
+def _whole(prompt: str, response: str, suffix: str) -> tuple[str, str]:
+    """The problem, and the whole response, of which some may stand in prompt and suffix."""
+    problem, colon, beginning = prompt.partition(":")
+    parts = f"{beginning} {response} {suffix}"
+    return problem + colon, text(words(parts)) if beginning or suffix else response
+
+
+def check(prompt: str, response: str, suffix: str = "") -> tuple[bool, bool]:
+    """(the number after #### is right, the whole response is one of the right ones). A prompt may hold the beginning of
+    the response, behind its colon, and the suffix the end."""
+    prompt, response = _whole(prompt, response, suffix)
     answer = re.search(r".*####\s*(\d+)", response, re.DOTALL)
     right = bool(answer) and int(answer[1]) == _parse(prompt)[0]["c"]
     return right, " ".join(response.split()) in valid_responses(prompt)
 
 
-def records(split: str, n: int | None, seed: int, repair: bool = False) -> list[dict]:
+CHANGES = {"replace": "{0!r} should be {1!r}", "delete": "{0!r} is too much", "insert": "{1!r} is missing"}
+
+
+def explain(prompt: str, response: str, suffix: str = "") -> str:
+    """What is wrong with a response: its differences from the most similar right one, or "" if it is valid."""
+    prompt, response = _whole(prompt, response, suffix)
+    said, right = response.split(), sorted(map(str.split, valid_responses(prompt)))
+    match = max((SequenceMatcher(None, said, words) for words in right), key=SequenceMatcher.ratio)
+    changes = [(how, said[a:b], match.b[c:d]) for how, a, b, c, d in match.get_opcodes() if how != "equal"]
+    return ", ".join(CHANGES[how].format(" ".join(old), " ".join(new)) for how, old, new in changes)
+
+
+def records(split: str, n: int | None, seed: int, kind: str = "toy") -> list[dict]:
     """n records (None: 20,000, or as many as are held out): prompts of the split in random order, all different while
-    there are enough, random right responses. repair adds a draft, the response with something wrong in it: in one of
-    four every mention of the result is the same wrong number, in the others 1 to 4 words are replaced, inserted or
-    deleted."""
-    rng = np.random.default_rng([seed, split == "test", repair])
+    there are enough, random right responses. kind: one of SOURCES. "toy-repair" adds a draft, the response with
+    something wrong in it: in one of four every mention of the result is the same wrong number, in the others 1 to 4
+    words are replaced, inserted or deleted. "toy-infill" leaves a stretch of the response to be written: what stands
+    before it goes to the prompt, what stands behind it, at least a word, is the suffix."""
+    rng = np.random.default_rng([seed, split == "test", SOURCES.index(kind)])
     asked, made = prompts(split), []
     for i in range({"train": 20_000, "test": HELD_OUT}[split] if n is None else n):
         if i % len(asked) == 0:
@@ -80,16 +103,20 @@ def records(split: str, n: int | None, seed: int, repair: bool = False) -> list[
         prompt = asked[order[i % len(asked)]]
         problem, templates = _parse(prompt)
         template = str(rng.choice(templates))
-        draft = _draft(template, problem, rng) if repair else None
-        messages = [{"role": "user", "content": prompt}]
-        made.append({"messages": messages, "response": template.format(**problem), "draft": draft})
+        draft = _draft(template, problem, rng) if kind == "toy-repair" else None
+        record = {"response": template.format(**problem), "draft": draft}
+        if kind == "toy-infill":
+            whole = words(record["response"])
+            begin, end = sorted(rng.choice(len(whole), 2, replace=False))
+            prompt = f"{prompt} {text(whole[:begin])}".strip()
+            record |= {"response": text(whole[begin:end]), "suffix": text(whole[end:])}
+        made.append({"messages": [{"role": "user", "content": prompt}]} | record)
     return made
 
 
 def _draft(template: str, problem: dict, rng: np.random.Generator) -> str:
     if rng.random() < 0.25:
-        wrong = (problem["c"] + int(rng.integers(1, 19))) % 19
-        return template.format(**problem | {"c": wrong})
+        return template.format(**problem | {"c": (problem["c"] + int(rng.integers(1, 19))) % 19})
     draft = words(template.format(**problem))
     for _ in range(rng.integers(1, 5)):
         at, kind = int(rng.integers(len(draft))), rng.choice(["replace", "insert", "delete"])

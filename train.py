@@ -13,9 +13,15 @@ of examples: a run killed and restarted sees what an undisturbed run sees, and o
 what four processes see.
 """
 
+import importlib.util
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
+
+# Waiting OpenMP threads would spin. Where other work takes the cores, that is the work of the others they wait for: two
+# threads made 1,100 to 9,400 tokens/s of the demo beside two busy processes, 10,700 to 17,000 asleep; one made 12,000.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
@@ -43,8 +49,7 @@ def parse_args(argv=None):
              help="checkpoint directory or hub id to start from; without it: a new model")
     f.text("--preset", read=checkpoints.preset_sizes, default="tiny",
            help=f"size of a new model: {', '.join(models.PRESETS)}")
-    f.integer("--vocab_size", low=300, high=MOST_TOKENS, default=4096,
-              help="size of the tokenizer trained for a new model")
+    f.integer("--vocab_size", low=300, high=MOST_TOKENS, default=4096, help="of the tokenizer trained for a new model")
     f.choice("--parallel", choices=parallel.MODES, default="ddp",
              help="several processes: everything on each (ddp), or weights and optimizer shared (fsdp); zero1 is fsdp "
              "with --reshard_after_forward False")
@@ -52,35 +57,36 @@ def parse_args(argv=None):
            help="fsdp: let a block's weights go between forward and backward (ZeRO-3); False keeps them (ZeRO-2)")
     f.flag("--gradient_checkpointing", help="recompute activations block by block: less memory, one more forward")
     f.flag("--bf16", help="bf16 autocast; weights and optimizer stay float32")
+    f.choice("--dtype", choices=["float32", "bfloat16"], help="bfloat16 is another name for --bf16")
     f.flag("--compile", help="torch.compile the blocks")
     f.flag("--lora", help="train low-rank additions to the blocks and the heads; save these alone")
-    f.integer("--lora_r", low=1, default=32, help="their rank")
+    f.integer("--lora_r", "--r", low=1, default=32, help="their rank")
     f.number("--lora_alpha", above=0, default=64.0, help="their weight is lora_alpha / lora_r")
     f.number("--lora_dropout", low=0, high=1, default=0.05, help="dropout in front of them")
     f.flag("--load_in_4bit", help="with --lora: keep the matrices of the blocks in 4 bits (NF4)")
 
     f.group("data")
-    f.text("--dataset_args", "--train_file", read=data.parse_spec, default="toy",
-           help="files, folders, hub ids or `toy`: name[train:N,test:M] + other")
-    f.choice("--text_field", default=None, help="field of a record that holds plain text")
+    f.text("--dataset_args", "--train_file", read=data.parse_spec, nargs="+", default=["toy"],
+           help="files, folders, patterns with *, hub ids or `toy`: name[train:N,test:M] + other, or several of these")
     f.flag("--insert_eos", default=True, help="end texts and responses with the end-of-message token")
-    f.flag("--chat_template", default=True, help="render dialogues with the tokenizer's chat template")
+    f.choice("--text_field", help="field of a record that holds plain text (default: text)")
+    data.add_flags(f, chat_template=True)
     f.flag("--streaming", help="read the data bit by bit and never hold it: files, URLs, hub ids; needs --max_steps")
     f.flag("--skip_bad_records", help="count and skip broken records instead of stopping")
     f.integer("--max_length", "--max_len", low=2, default=512, help="tokens per sample (per packed row for medlm)")
+    f.choice("--truncation", choices=["filter", "right"], default="filter",
+             help="dialogues of more than max_length tokens are left out, or lose the end of the response")
+    f.flag("--mask_prompt_loss", default=True, help="prompts are given; False: the model learns to write them, too")
     f.integer("--pad_len", low=1, help="pad responses to a multiple of this (default: no padding)")
 
     f.group("optimization")
-    f.number("--num_train_epochs", above=0, high=1e6, default=1.0,
-             help="passes over the data, unless max_steps is given")
-    f.integer("--max_steps", low=1, help="optimizer steps")
-    f.integer("--per_device_train_batch_size", low=1, default=32,
-              help="sequences (packed rows for medlm) per process")
+    f.number("--num_train_epochs", above=0, high=1e6, default=1.0, help="passes over the data, without max_steps")
+    f.integer("--max_steps", low=1, help="optimizer steps (default: those of num_train_epochs)")
+    f.integer("--per_device_train_batch_size", low=1, default=32, help="sequences per process (medlm: packed rows)")
     f.integer("--per_device_eval_batch_size", low=1, default=32, help="the same for evaluation")
     f.integer("--gradient_accumulation_steps", low=1, default=1, help="micro-batches per optimizer step")
     f.number("--learning_rate", above=0, default=1e-4, help="peak learning rate")
-    f.choice("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="cosine",
-             help="after the warm-up")
+    f.choice("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="cosine", help="after warm-up")
     f.integer("--warmup_steps", low=0, default=0, help="linear warm-up")
     f.number("--warmup_ratio", low=0, high=1, default=0.0, help="the same as a share of all steps")
     f.number("--weight_decay", low=0, default=0.0, help="AdamW, on matrices only")
@@ -93,15 +99,18 @@ def parse_args(argv=None):
     f.number("--eval_steps", above=0, default=0.1, help="steps between evaluations; below 1: a share of the run")
     f.integer("--eval_samples", low=0, default=2, help="texts decoded and shown at each evaluation")
     f.number("--save_steps", above=0, default=0.25, help="steps between checkpoints; below 1: a share of the run")
-    f.integer("--save_total_limit", low=1, default=2, help="checkpoints kept")
-    f.choice("--report_to", choices=["none", "tensorboard"], default="none", help="besides metrics.jsonl")
-    for name in ("--do_train", "--save_safetensors", "--remove_unused_columns"):
-        f.flag(name, default=None, help="accepted so that published commands run; changes nothing here")
-    f.choice("--deepspeed", help="accepted likewise; see --parallel")
-    f.integer("--dataloader_num_workers", low=0, default=0,
-              help="accepted likewise; batches are made in the main process")
+    f.integer("--save_total_limit", low=1, help="checkpoints kept (default: all)")
+    f.choice("--report_to", choices=["none", "tensorboard", "wandb"], default="none", help="besides metrics.jsonl")
     methods.training_flags(f)
+    f.group("accepted so that published commands run; these change nothing")
+    for name in ("--do_train", "--save_safetensors", "--remove_unused_columns", "--resume"):
+        f.flag(name, default=None, help="")
+    f.choice("--deepspeed", help="see --parallel")
+    f.integer("--dataloader_num_workers", "--num_workers", low=0, help="batches are made in the main process")
     args = f.parse_args(argv)
+    args.dataset_args, args.bf16 = " + ".join(args.dataset_args), args.bf16 or args.dtype == "bfloat16"
+    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
+        f.error(f"--report_to {args.report_to}: run `pip install {args.report_to}` first")
     if args.streaming and (not args.max_steps or args.eval_strategy == "epoch"):
         f.error("--streaming does not know how long an epoch is; say --max_steps, and no --eval_strategy epoch")
     if args.lora and not args.model_name_or_path:
@@ -110,9 +119,9 @@ def parse_args(argv=None):
         f.error("--load_in_4bit needs --lora: 4-bit weights cannot be trained themselves")
     if (args.pad_len or 0) > args.max_length:
         f.error(f"--pad_len {args.pad_len} must not exceed --max_length {args.max_length}")
-    for method in methods.METHODS.values():
+    for check in (data.named_fields, *(getattr(m, "check_flags", bool) for m in methods.METHODS.values())):
         try:
-            getattr(method, "check_flags", lambda args: None)(args)
+            check(args)
         except ValueError as e:
             f.error(str(e))
     return args
@@ -143,6 +152,7 @@ def open_run(args, ranks: Ranks) -> SimpleNamespace | None:
     if args.compile:
         for layer in model.model.layers:
             layer.compile(dynamic=True)
+    ranks.barrier()  # one may have fetched the model or the data much longer than another
     parallel_model = ParallelModel(model, args.parallel, ranks, args.reshard_after_forward)
     optimizer = parallel.adamw(model, lr=args.learning_rate, beta2=args.adam_beta2, weight_decay=args.weight_decay)
     if resume:
@@ -152,7 +162,7 @@ def open_run(args, ranks: Ranks) -> SimpleNamespace | None:
     return SimpleNamespace(
         args=args, ranks=ranks, out=out, method=method, settings=settings, tokenizer=tokenizer, feed=batches,
         model=parallel_model, optimizer=optimizer, autocast=bf16_autocast(args.bf16, model, ranks),
-        log=Log(out, state, steps, args, ranks), stop=StopSignal(ranks, feed.stop_requested.set),
+        log=Log(out, state, steps, args, ranks), stop=StopSignal(ranks),
         first_step=state["step"], steps=steps, eval_every=eval_every, save_every=save_every,
         position=batches.position(),  # of the feed, where the next step begins
     )  # fmt: skip
@@ -162,7 +172,7 @@ def open_model(args, resume: Path | None, sample):
     """(model, tokenizer): continued, converted, or new. sample: gives the records that a tokenizer is trained on."""
     source = resume or args.model_name_or_path
     if source:
-        directory = checkpoints.local_path(str(source))
+        directory = resume or checkpoints.local_path(source)
         if args.overwrite_output_dir and directory.resolve().is_relative_to(Path(args.output_dir).resolve()):
             raise ValueError(f"--overwrite_output_dir would delete {directory}, from which this run is to start")
         model, tokenizer = checkpoints.open_for_training(args, directory, resume), load_tokenizer(directory)
@@ -171,6 +181,7 @@ def open_model(args, resume: Path | None, sample):
         tokenizer = toy.tokenizer()
     else:
         tokenizer = train_tokenizer(data.texts(sample()), args.vocab_size)
+    tokenizer.configure(args.chat_template, args.raw_control_tokens)
     if not source:
         stored = methods.get(args.method).remember(args, {})
         model = checkpoints.new_model(args.method, args.preset, tokenizer.vocab_size, args.seed, **stored)
@@ -249,7 +260,7 @@ def stopped(run, step: int) -> int:
 def evaluate_when_due(run, step: int) -> None:
     due = step and (step % run.eval_every == 0 or step == run.steps) and run.args.eval_strategy != "no"
     if due and run.feed.eval and run.log.last_eval < step:
-        with run.log.paused(), run.autocast, run.model.inference():
+        with run.log.paused(), run.autocast, torch.no_grad():
             run.log.write_eval(step, evaluate(run))
             run.stop.check()
             show_samples(run)
@@ -312,7 +323,7 @@ def train(args, ranks: Ranks) -> int:
                 if m:
                     stop.check()
                 rng, shared_rng = generators(args.seed, step, m * ranks.world + ranks.rank)
-                with run.autocast, model.inference():
+                with run.autocast, torch.no_grad():
                     batch = model(method.prepare, examples, run.settings, step / run.steps, rng, shared_rng)
                 with model.micro_batch(last=m == len(batches) - 1):
                     with run.autocast:

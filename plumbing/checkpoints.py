@@ -9,21 +9,24 @@
     RUN/checkpoint-500/              a model or adapters as above, and beside them
         optimizer.safetensors        moments of AdamW, by parameter
         train_state.json             {"step", "args", ...}: everything else that the next step depends on
+        SHA256SUMS                   of all these files; `sha256sum -c` reads it, too
 
 Files and folders are written beside their place and renamed when they are complete, so that a process killed at any
-moment leaves the old or the new. Whatever is opened was perhaps made by somebody else: errors name file and field.
+moment leaves the old or the new. Whatever is opened was perhaps made by somebody else, or lay on a bad disk: nothing is
+built before the names and shapes of its tensors are known, and errors name file and field.
 """
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,9 +37,10 @@ import lora
 import models
 import parallel
 from plumbing import methods
+from plumbing.config import check_field, complete_config, config_as_json, disk_name, naming, read_config
 from plumbing.tokenizer import Tokenizer, load_tokenizer, read_json
 
-STATE = "train_state.json"
+STATE, SUMS = "train_state.json", "SHA256SUMS"
 
 # ---------------------------------------------------------------------------------------------------- whole files
 
@@ -65,7 +69,7 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, value) -> None:
-    write_whole(file, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def sync(path: Path) -> None:
@@ -87,14 +91,35 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def check_writable(folder: Path, output_dir: Path) -> None:
-    """Makes the folder. Raises OSError naming --output_dir where nothing can be written into it."""
+def check_writable(file: Path, name: str) -> None:
+    """Makes the folder of a file. Raises OSError, now rather than when the work is done, where it cannot be written.
+
+    name: what the error calls it, such as a flag with its value.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        is_new = not file.exists()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "ab"):
+            pass
+        if is_new:
+            file.unlink()
     except OSError as e:
-        raise OSError(f"--output_dir {output_dir}: cannot be written to ({e.strerror}); choose another") from None
+        raise OSError(f"{name}: cannot be written to ({e.strerror or e}); choose another") from None
+
+
+def lock(file: Path) -> None:
+    """Keeps a file, in an output directory, locked until this process ends, however it ends. Raises OSError saying
+    which process holds it already. (POSIX locks: they work on NFS, and children do not inherit them.)"""
+    handle = os.open(file, os.O_RDWR | os.O_CREAT)  # never closed, or the lock would be gone
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        holder = f"process {os.read(handle, 100).decode()} writes to it"
+        raise OSError(f"--output_dir {file.parent}: {holder}; let it end, or choose another") from None
+    except OSError:  # a disk that knows no locks
+        return
+    os.ftruncate(handle, 0)
+    os.write(handle, f"{os.getpid()} on {os.uname().nodename}".encode())
 
 
 # ---------------------------------------------------------------------------------------------------- tensors
@@ -105,21 +130,26 @@ CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 def local_path(path_or_hub_id: str, patterns=CHECKPOINT_FILES, revision: str | None = None) -> Path:
     """A local directory (of a run: its final or newest checkpoint), or a hub repository fetched into the hub's cache.
 
-    Downloads are resumed. Raises OSError saying what was tried.
+    Downloads are resumed. Raises OSError saying what was tried, ValueError for a pipe or a device among the files.
     """
     directory = Path(path_or_hub_id)
     if directory.is_dir():
         runs = [] if (directory / "config.json").is_file() else checkpoints(directory)
-        return runs[-1] if runs else directory
-    if directory.is_absolute() or str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith("."):
+        directory = runs[-1] if runs else directory
+    elif directory.is_absolute() or str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith("."):
         raise OSError(f"{path_or_hub_id}: no such directory, and not of the form owner/name")
-    from huggingface_hub import snapshot_download
+    else:
+        from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(path_or_hub_id, allow_patterns=list(patterns), revision=revision))
-    except Exception as e:  # the hub client raises a dozen unrelated classes
-        reason = str(e).partition("\n")[0] or type(e).__name__
-        raise OSError(f"{path_or_hub_id}: no such directory, and the hub did not deliver it ({reason})") from e
+        try:
+            directory = Path(snapshot_download(path_or_hub_id, allow_patterns=list(patterns), revision=revision))
+        except Exception as e:  # the hub client raises a dozen unrelated classes
+            reason = str(e).partition("\n")[0] or type(e).__name__
+            raise OSError(f"{path_or_hub_id}: no such directory, and the hub did not deliver it ({reason})") from e
+    for file in (file for pattern in patterns for file in directory.glob(pattern)):
+        if not file.is_file() and not file.is_dir():  # links to files are followed: the hub's cache is made of them
+            raise ValueError(f"{file}: a pipe, a device, or a link to what is no file")
+    return directory
 
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -139,7 +169,11 @@ class Lazy:
     how: str = "copied"
 
     def read(self) -> Tensor:
-        return self.make().to(self.meta.dtype)
+        """Raises ValueError where a number in it is not finite."""
+        tensor = self.make()
+        if tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):  # needs no memory, as isfinite() would
+            raise ValueError(f"{self.file}: tensor {self.name!r} holds NaN or infinity")
+        return tensor.to(self.meta.dtype)
 
     def check(self, *shape: int) -> None:
         """Raises ValueError where it has another shape, or holds no floating-point numbers."""
@@ -198,173 +232,23 @@ def indexed_files(index: Path) -> list[Path]:
         raise ValueError(f"{index}: no weight_map in it, of tensor names to file names")
     files = [index.parent / name for name in sorted(set(weight_map.values()))]
     for file in files:
+        if index.parent / file.name != file:
+            raise ValueError(f"{index}: {str(file)!r} lies in another folder")
         if not file.is_file():
             raise OSError(f"{file}: missing, although {index.name} names it")
     return files
 
 
-# ---------------------------------------------------------------------------------------------------- names, config
-
-# (beginning of our name, or a part of it that starts with a dot; the same on disk), for families where they differ
-DISK_NAMES = {
-    "modernbert": [("model.head.", "head.")],
-    "bert": [("model.transform.", "cls.predictions.transform."), ("model.", "bert.")],
-    "roberta": [
-        ("model.transform.dense.", "lm_head.dense."), ("model.transform.LayerNorm.", "lm_head.layer_norm."),
-        ("model.", "roberta."),
-    ],
-    "llada original": [
-        ("model.embed_tokens.", "model.transformer.wte."), ("model.norm.", "model.transformer.ln_f."),
-        ("lm_head.", "model.transformer.ff_out."), ("model.layers.", "model.transformer.blocks."),
-        (".self_attn.q_proj.", ".q_proj."), (".self_attn.k_proj.", ".k_proj."), (".self_attn.v_proj.", ".v_proj."),
-        (".self_attn.o_proj.", ".attn_out."), (".input_layernorm.", ".attn_norm."),
-        (".post_attention_layernorm.", ".ff_norm."), (".mlp.gate_proj.", ".ff_proj."), (".mlp.up_proj.", ".up_proj."),
-        (".mlp.down_proj.", ".ff_out."),
-    ],
-}  # fmt: skip
-
-
-def naming(config: models.Config) -> str:
-    """The key of `disk_name` for a checkpoint with this config. LLaDA's own speak of d_model."""
-    return "llada original" if "d_model" in config.other else config.model_type
-
-
-def disk_name(kind: str, name: str) -> str:
-    """Our parameter name -> its name in a checkpoint."""
-    for ours, theirs in DISK_NAMES.get(kind, []):
-        if name.startswith(ours) or (ours.startswith(".") and ours in name):
-            name = name.replace(ours, theirs, 1)
-    return name
-
-
-def read_config(directory: Path) -> models.Config:
-    """config.json with its gaps filled. Raises OSError / ValueError naming the file and the field."""
-    file = Path(directory) / "config.json"
-    if not file.is_file():
-        raise OSError(f"{file}: missing; a checkpoint directory holds config.json, safetensors and tokenizer files")
-    raw = read_json(file)
-    try:
-        return complete_config(raw)
-    except ValueError as e:
-        raise ValueError(f"{file}: {e}") from None
-
-
-KINDS = {  # type of a field -> what its value must be, in words and as a test
-    int: ("a positive integer", lambda v: type(v) is int and v > 0),
-    float: ("a number above 0", lambda v: type(v) in (int, float) and 0 < v < math.inf),
-    bool: ("true or false", lambda v: isinstance(v, bool)),
-    dict: ("an object", lambda v: isinstance(v, dict)),
-    str: ("a text", lambda v: isinstance(v, str) and v.strip()),
-    list[str]: ("a list of texts", lambda v: isinstance(v, list) and {*map(type, v)} <= {str}),
-}
-# Settings under which a checkpoint would load, but compute something else than its authors' code.
-REQUIRED = {
-    "position_embedding_type": "absolute", "use_sliding_window": False, "is_decoder": False,
-    "partial_rotary_factor": 1.0, "activation_type": "silu", "block_type": "llama", "layer_norm_type": "rms",
-    "alibi": False, "include_bias": False, "include_qkv_bias": False, "scale_logits": False, "input_emb_norm": False,
-    "attention_layer_norm": False, "rope": True,
-}  # fmt: skip
-
-
-def check_field(name: str, value, kind) -> None:
-    """Raises ValueError where the value is not of this kind, a key of KINDS or an entry like those in it."""
-    what, fits = KINDS.get(kind, kind)
-    if not fits(value):
-        raise ValueError(f"field {name!r} must be {what}, found {str(value)[:80]!r}")
-
-
-def complete_config(raw: dict) -> models.Config:
-    """A Hugging Face config.json as the Config of its family. Raises ValueError for what is missing, of the wrong type
-    or not supported."""
-    kind = str(raw.get("model_type", "")).lower().removeprefix("editflow-")
-    if kind not in models.FAMILIES:
-        known = ", ".join(models.FAMILIES)
-        raise ValueError(f"model_type {raw.get('model_type')!r} is not supported; these are: {known}")
-    backbone, family, defaults = models.FAMILIES[kind]
-    is_decoder = backbone is models.Decoder
-    activation = "silu" if is_decoder else "gelu"
-    for name, value in (REQUIRED | {"hidden_act": activation, "hidden_activation": activation}).items():
-        if raw.get(name) not in (None, value):
-            raise ValueError(f"{name} {raw[name]!r} is not supported for {kind}, only {value!r}")
-    raw = raw | other_spellings(raw) | (llada_config(raw) if "d_model" in raw else {})
-    names = {field.name for field in fields(family)} - {"model_type", "other"}
-    other = {name: value for name, value in raw.items() if name not in names}
-    if str(raw["model_type"]).lower() == kind:
-        del other["model_type"]  # otherwise it is written back as it was
-    values = {"nanoedit": {}} | defaults | {name: raw[name] for name in names & raw.keys()}
-    values |= {"model_type": kind, "other": other}
-    for field in fields(family):
-        value = values.get(field.name)
-        if value != field.default and (field.name in values or field.default is MISSING):
-            check_field(field.name, value, (get_args(field.type) or [field.type])[0])  # of `int | None`: int
-    stored = values["nanoedit"]
-    for name in {"method", "schedule", "x0_sampler"} & stored.keys():
-        check_field(f"nanoedit.{name}", stored[name], str)
-    if "method" in stored:
-        values["nanoedit"] = methods.complete(stored)
-    if not values.get("head_dim"):
-        check_multiple(values, "hidden_size", "num_attention_heads")
-    if kind in ("llama", "qwen3"):  # their one switch is for all four projections
-        values["attention_out_bias"] = values.get("attention_bias", False)
-    config = family(**values)
-    if is_decoder:
-        check_decoder(config)
-    return config
-
-
-def check_multiple(values: dict, name: str, factor: str) -> None:
-    if values[name] % values[factor]:
-        raise ValueError(f"{name} {values[name]} must be a multiple of {factor} {values[factor]}")
-
-
-def check_decoder(c: models.DecoderConfig) -> None:
-    check_multiple(vars(c), "num_attention_heads", "num_key_value_heads")
-    if c.head_dim % 2:
-        raise ValueError(f"head_dim {c.head_dim} must be even: positions turn pairs of numbers")
-    try:
-        models.rotary(torch.zeros(1), c.head_dim, c.rope_theta, c.rope_scaling)
-    except (LookupError, TypeError, ZeroDivisionError):
-        raise ValueError(f"rope_scaling {c.rope_scaling!r} lacks a number of its type") from None
-
-
-def other_spellings(raw: dict) -> dict:
-    """Fields under the names of `models.Config` that some versions of transformers write otherwise."""
-    rope = raw.get("rope_parameters") or {}
-    check_field("rope_parameters", rope, dict)
-    found = {"rope_theta": rope["rope_theta"], "rope_scaling": rope} if "rope_theta" in rope else {}
-    for name, part in (("global_rope_theta", "full_attention"), ("local_rope_theta", "sliding_attention")):
-        if part in rope:
-            found[name] = rope[part].get("rope_theta")
-    return found | ({"vocab_bias": raw["decoder_bias"]} if "decoder_bias" in raw else {})
-
-
-def llada_config(raw: dict) -> dict:
-    """The fields of LLaDA's own config under the names of Llama's."""
-    heads = raw.get("n_heads")
-    return {
-        "vocab_size": raw.get("embedding_size") or raw.get("vocab_size"),
-        "hidden_size": raw["d_model"],
-        "num_hidden_layers": raw.get("n_layers"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": raw.get("n_kv_heads") or (1 if raw.get("multi_query_attention") else heads),
-        "intermediate_size": raw.get("mlp_hidden_size") or raw.get("mlp_ratio", 4) * raw["d_model"],
-        "max_position_embeddings": raw.get("max_sequence_length", 4096),
-        "tie_word_embeddings": bool(raw.get("weight_tying", False)),
-    }
-
-
-def config_as_json(config: models.Config) -> dict:
-    return {name: value for name, value in vars(config).items() if name != "other"} | config.other
-
-
 # ---------------------------------------------------------------------------------------------------- models
 
 
-def build(config: models.Config) -> nn.Module:
-    """The model of a configuration: its backbone under the heads of its method."""
+def build(config: models.Config, device="cpu") -> nn.Module:
+    """The model of a configuration: its backbone under the heads of its method. On the device "meta": without memory
+    for its weights."""
     stored = config.nanoedit = methods.complete(config.nanoedit)
     head_sizes = config.hidden_size, config.vocab_size, config.vocab_bias
-    model = methods.get(stored["method"]).Model(models.backbone(config), *head_sizes, stored)
+    with torch.device(device):
+        model = methods.get(stored["method"]).Model(models.backbone(config), *head_sizes, stored)
     model.config = config
     return model
 
@@ -405,9 +289,9 @@ def load(path: str, device="cpu", dtype=torch.float32, method: str | None = None
     if method and found != method:
         hint = "convert.py makes one from the other"
         raise ValueError(f"{directory}: this is a checkpoint of method {found!r}, but {method!r} is asked for; {hint}")
-    config.nanoedit["method"] = found
-    with torch.device("meta"):
-        model = build(config)
+    if "method" not in config.nanoedit:  # as the published systems save them
+        config.nanoedit = methods.published(found) | config.nanoedit | {"method": found}
+    model = build(config, "meta")
     names = {name: disk_name(naming(config), name) for name in model.state_dict()}
     read = read_state(model, names, have, directory)
     model.load_state_dict({name: tensor.to(device, dtype, copy=True) for name, tensor in read}, assign=True)
@@ -423,7 +307,7 @@ def read_state(model: nn.Module, names: dict[str, str], have: dict[str, Lazy], d
             hint = f"`convert.py --to {model.config.nanoedit['method']}` adds missing heads"
             raise ValueError(f"{directory}: tensor {name_on_disk!r} is missing; {hint}")
         have[name_on_disk].check(*state[name].shape)
-        yield name, have[name_on_disk].make()
+        yield name, have[name_on_disk].read()
 
 
 def check_rows(model: nn.Module, tokenizer, directory) -> None:
@@ -459,17 +343,18 @@ def open_for_training(args, directory: Path, resume: Path | None) -> nn.Module:
 
 
 def save(model: nn.Module, directory: str, state: dict | None = None) -> None:
-    """config.json and model.safetensors. state: the full state dict where the model itself holds only shards of it."""
+    """config.json and model.safetensors, or adapters. state: all of it, where the model itself holds only shards."""
     directory, kind, state = Path(directory), naming(model.config), state or model.state_dict()
     directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / "model.safetensors", {disk_name(kind, name): state[name] for name in state})
     write_json(directory / "config.json", config_as_json(model.config))
+    if hasattr(model, "lora"):
+        return save_adapters(model, directory, state)
+    write_tensors(directory / "model.safetensors", {disk_name(kind, name): state[name] for name in state})
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(file) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 # ---------------------------------------------------------------------------------------------------- adapters
@@ -491,27 +376,20 @@ def adapted_names(model: nn.Module) -> dict[str, str]:
     return {name: name for name in names if not name.startswith("model.")} | adapters
 
 
-def save_adapters(model: nn.Module, directory: str, base: str, state: dict | None = None) -> None:
-    """Adapters and heads alone. base: the checkpoint they belong to, a directory or a hub id.
-
-    state: the full state dict where the model itself holds only shards of it.
-    """
-    directory, state = Path(directory), state or model.state_dict()
-    directory.mkdir(parents=True, exist_ok=True)
+def save_adapters(model: nn.Module, directory: Path, state: dict) -> None:
+    """Adapters and heads alone. model.base: the checkpoint they belong to, a directory or a hub id."""
     config = model.lora | {
         "peft_type": "LORA",
-        "base_model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base,
+        "base_model_name_or_path": os.path.abspath(model.base) if os.path.isdir(model.base) else model.base,
         "target_modules": sorted({name.rpartition(".")[2] for name in lora.adapted_layers(model)}),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    adapters = {theirs: state[name] for name, theirs in adapted_names(model).items() if ".lora_" in name}
-    heads = {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
-    write_tensors(directory / "adapter_model.safetensors", adapters)
-    write_tensors(directory / "heads.safetensors", heads)
+    for file, is_adapter in (("adapter_model.safetensors", True), ("heads.safetensors", False)):
+        names = {name: theirs for name, theirs in adapted_names(model).items() if (".lora_" in name) == is_adapter}
+        write_tensors(directory / file, {theirs: state[name] for name, theirs in names.items()})
     write_json(directory / "adapter_config.json", config)
-    write_json(directory / "config.json", config_as_json(model.config))
 
 
 def read_adapters(directory: Path, find) -> tuple[dict, Path, dict[str, Lazy]]:
@@ -545,7 +423,7 @@ def merge_adapters(directory: Path, formats, find) -> dict[str, Lazy]:
             raise ValueError(f"{A.file}: {name!r} has no partner in it, or nothing to be added to in {base}")
         A.check(rank, W.meta.shape[1])
         B.check(W.meta.shape[0], rank)
-        have[W.name] = replace(W, make=lambda W=W, B=B, A=A: lora.merged(W.make(), B.make(), A.make(), scale))
+        have[W.name] = replace(W, make=lambda W=W, B=B, A=A: lora.merged(W.read(), B.read(), A.read(), scale))
     return have | adapters  # what is left of these: heads
 
 
@@ -575,22 +453,50 @@ def checkpoints(out: Path) -> list[Path]:
     return [path for _, path in sorted((step_of(path), path) for path in found)]
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step at which a complete checkpoint was written. Raises ValueError naming its train_state.json."""
-    state = read_json(checkpoint / STATE)
+def step_of(checkpoint: Path) -> float:
+    """The step at which a complete checkpoint was written; infinite where its train_state.json is damaged."""
+    try:
+        state = read_json(checkpoint / STATE)
+    except (ValueError, OSError):
+        return math.inf
     step = state.get("step")
-    if type(step) is not int or step < 0 or not isinstance(state.get("args"), dict):
-        raise ValueError(f"{checkpoint / STATE}: no step and args of a run in it; delete {checkpoint} to go on")
-    return step
+    return step if type(step) is int and step >= 0 and isinstance(state.get("args"), dict) else math.inf
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint of a run, or "". One that an earlier version wrote has no checksums."""
+    try:
+        lines = (checkpoint / SUMS).read_text("utf-8").splitlines() if (checkpoint / SUMS).exists() else []
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        wrong = [name for name in [STATE, *sums] if sums and sha256(checkpoint / Path(name).name) != sums.get(name)]
+    except (OSError, ValueError) as e:
+        return f"{checkpoint / SUMS}: {e}"
+    if wrong:
+        return f"{checkpoint / wrong[0]}: not as it was written"
+    return "" if step_of(checkpoint) < math.inf else f"{checkpoint / STATE}: no step and args of a run in it"
 
 
 def prepare_output(args, ranks) -> tuple[Path, Path | None]:
-    """The output directory, proven writable before anything long starts, and the checkpoint to continue from."""
+    """The output directory, proven writable before anything long starts, and the checkpoint to continue from. One that
+    is damaged is put aside, and the one before it taken."""
     out = Path(args.output_dir)
     if ranks.is_main:
-        check_writable(out, out)
+        check_writable(out / ".writable", f"--output_dir {out}")
+        lock(out / ".lock")
         for rest in [*out.glob(".writing-*"), *out.glob(".deleting-*")]:  # of a run that was killed
             remove(rest)
+        while not args.overwrite_output_dir and (found := checkpoints(out)) and (reason := damage(found[-1])):
+            if len(found) == 1:
+                hint = f"if the change is yours, delete {SUMS} there, else start anew with --overwrite_output_dir"
+                raise ValueError(f"{reason}; this checkpoint is damaged, and there is none before it; {hint}")
+            remove(aside := out / f"damaged-{found[-1].name}")
+            os.replace(found[-1], aside)
+            ranks.say(f"{reason}; this checkpoint is damaged, and now called {aside.name}: taking the one before it")
     ranks.barrier()
     found = [] if args.overwrite_output_dir else [str(path) for path in checkpoints(out)]
     if any(other != found for other in ranks.gather(found)):
@@ -627,17 +533,17 @@ def save_run(out: Path, name: str, model: parallel.ParallelModel, tokenizer, opt
                 older = out / f"checkpoint-{step_of(target)}"
                 remove(target) if older.exists() else os.replace(target, older)
             with replacing(target) as partial:
-                if args.lora:
-                    save_adapters(model.plain, partial, model.plain.base, weights)
-                else:
-                    save(model.plain, partial, weights)
+                save(model.plain, partial, weights)
                 tokenizer.save(partial)
                 write_tensors(partial / "optimizer.safetensors", moments)
                 write_json(partial / STATE, state | {"args": vars(args)})
+                sums = [f"{sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
+                (partial / SUMS).write_text("".join(sums), encoding="utf-8")
         except (OSError, SafetensorError) as e:
-            hint = f"{resume_hint(args)} goes on from the last checkpoint"
+            hint = "" if args.save_total_limit else "--save_total_limit keeps fewer checkpoints; "
+            hint += f"{resume_hint(args)} goes on from the last checkpoint"
             raise OSError(f"{target}: cannot be saved ({e}); {hint}") from e
-        for old in checkpoints(out)[: -args.save_total_limit]:
+        for old in checkpoints(out)[: -args.save_total_limit] if args.save_total_limit else []:
             remove(old)
     ranks.barrier()
     return target
@@ -660,23 +566,9 @@ def state_of(args, resume: Path, steps: int, ranks) -> dict | None:
 def restore(model: nn.Module, optimizer, checkpoint: Path) -> None:
     """The optimizer as it was when the checkpoint of a run was written."""
     stored = tensors_of(checkpoint / "optimizer.safetensors")
-    parallel.restore_moments(model, optimizer, {name: t.make().clone() for name, t in stored.items()})
+    parallel.restore_moments(model, optimizer, {name: t.read().clone() for name, t in stored.items()})
 
 
 def resume_hint(args) -> str:
     """How to go on from a checkpoint, in words."""
     return "the same command" + " without --overwrite_output_dir" * args.overwrite_output_dir
-
-
-def trim_metrics(file: Path, step: int) -> list[dict]:
-    """Drops lines that an interrupted run logged after its last checkpoint: they will be logged again. Returns the
-    others."""
-    if not file.exists():
-        return []
-    try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in lines if line["step"] <= step]
-    except (ValueError, LookupError, TypeError, RecursionError) as e:
-        raise ValueError(f"{file}: not the metrics of a run ({e}); move it away to go on without") from None
-    write_whole(file, "".join(json.dumps(line) + "\n" for line in kept))
-    return kept

@@ -2,8 +2,11 @@
 
 import argparse
 import contextlib
+import faulthandler
 import math
 import operator
+import os
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -88,15 +91,19 @@ class Flags(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        super().__init__(description=description, allow_abbrev=False)
         self.register("type", None, name)
         self.section = self
 
     def error(self, message: str):
         """One line, exit status 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
+
+    def format_help(self) -> str:
+        needed = [action for action in self._actions if action.required]
+        needed = [f"{max(a.option_strings, key=len)} {a.metavar or '{' + ','.join(a.choices) + '}'}" for a in needed]
+        self.usage = " ".join(["%(prog)s", *needed, "[flags]"])
+        return super().format_help()
 
     def group(self, title: str) -> None:
         self.section = self.add_argument_group(title)
@@ -108,28 +115,46 @@ class Flags(argparse.ArgumentParser):
         yield
         self.section = section
 
-    def choice(self, *names: str, **options) -> None:
+    def choice(self, *names: str, metavar: str | None = None, **options) -> None:
+        default = options.get("default")
+        if options.get("required"):
+            options["help"] += " (required)"
+        elif default is not None and default is not False and default != []:
+            default = " ".join(map(str, default)) if isinstance(default, list) else default
+            options["help"] = options["help"].partition(" (default:")[0] + f" (default: {default})"
+        if metavar or "choices" not in options:
+            options["metavar"] = metavar or "NAME"
         self.section.add_argument(*names, **options)
 
-    def flag(self, *names: str, default=False, **options) -> None:
-        options |= {"type": boolean, "nargs": "?", "const": True, "default": default, "metavar": "BOOL"}
-        self.section.add_argument(*names, **options)
+    def flag(self, *names: str, default=False, words: tuple = (), **options) -> None:
+        """True, False, or one of some words."""
+        options |= {"type": lambda text: text if text in words else boolean(text)}
+        options |= {"nargs": "?", "const": True, "default": default, "metavar": "BOOL"}
+        self.choice(*names, **options)
 
     def number(self, *names: str, low=None, high=None, above=None, below=None, **options) -> None:
-        self.section.add_argument(*names, type=number(float, low, high, above, below), **options)
+        self.choice(*names, type=number(float, low, high, above, below), metavar="X", **options)
 
     def integer(self, *names: str, low=None, high=None, **options) -> None:
-        self.section.add_argument(*names, type=number(int, low, high), **options)
+        self.choice(*names, type=number(int, low, high), metavar="N", **options)
 
     def text(self, *names: str, read=str, **options) -> None:
         """A text that the function `read` accepts without a ValueError."""
-        self.section.add_argument(*names, type=spec(read), **options)
+        self.choice(*names, type=spec(read), metavar="SPEC", **options)
 
 
 def run(main) -> None:
-    """Call main(); what the user can mend becomes one line on stderr and exit status 1, Ctrl-C exit status 130."""
+    """Call main(); what the user can mend becomes one line on stderr and exit status 1, Ctrl-C exit status 130. SIGUSR1
+    shows where the process stands."""
+    faulthandler.register(signal.SIGUSR1, file=2)
     try:
-        status = main()
+        try:
+            status = main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: nobody reads on. Python must not try again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 128 + signal.SIGPIPE  # as the shell has it
     except (ValueError, OSError, MemoryError) as e:
         name = sys.argv[0].rsplit("/", 1)[-1]
         print(f"{name}: error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)

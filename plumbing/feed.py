@@ -22,10 +22,12 @@ out. That is all a checkpoint needs. An epoch is one of a shard: it reads none o
 them all, and may be a little ahead of the others.
 """
 
+import hashlib
 import io
+import json
 import math
 import os
-import threading
+import time
 from collections.abc import Iterator
 from itertools import chain, count, islice, takewhile
 from pathlib import Path
@@ -38,15 +40,13 @@ from huggingface_hub.utils import build_hf_headers
 
 import data
 import toy
+from parallel import StopSignal
 
 SHARDS = 16
 PIECE = 1 << 20  # bytes, at most; small corpora are cut finer
 BUFFER_RECORDS, BUFFER_CHARACTERS = 1000, 1 << 20
-LONGEST_LINE = 1 << 26  # bytes
 EMPTY_EPOCHS = 5  # in a row in which a shard may come out empty, as happens with few and long records
 WAITS = (0, 0.5, 1, 2, 4, 8)  # seconds before each attempt to read a remote file
-
-stop_requested = threading.Event()  # set when the run is to stop: nobody waits for a remote file any more
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -61,12 +61,15 @@ def fetch(url: str, start: int, end: int) -> tuple[bytes, int]:
     if url.startswith(f"{constants.ENDPOINT}/"):
         headers |= build_hf_headers()  # the token; where the hub points to another server, the client drops it
     for wait in WAITS:
-        if stop_requested.wait(wait):
+        again = time.monotonic() + wait
+        while time.monotonic() < again and not StopSignal.requested:
+            time.sleep(0.05)
+        if StopSignal.requested:
             raise OSError(f"{url}: interrupted")
         try:
             with get_session().stream("GET", url, headers=headers, timeout=5) as answer:
                 parts = answer.iter_raw() if answer.status_code == 206 else ()
-                body = b"".join(takewhile(lambda _: not stop_requested.is_set(), parts))
+                body = b"".join(takewhile(lambda _: not StopSignal.requested, parts))
         except Exception as e:  # the client raises a dozen unrelated classes
             reason = f"{type(e).__name__}: {e}"
             continue
@@ -103,10 +106,10 @@ class _Ranges(AbstractBufferedFile):
         return fetch(self.path, start, min(end, self.size))[0]
 
 
-def find_files(name: str) -> list:
+def find_files(name: str, config: str | None = None) -> list:
     """The files a name of a dataset spec stands for: Paths and RemoteFiles. Raises ValueError or OSError."""
     is_url = name.startswith(("http://", "https://"))
-    files = [RemoteFile(name)] if is_url else data.data_files(name, remote_files)
+    files = [RemoteFile(name)] if is_url else data.data_files(name, remote_files, config)
     streamed = [suffix for suffix in data.READERS if suffix != ".json"]
     for file in files:
         if data.suffix(file) not in streamed:
@@ -144,12 +147,15 @@ def read_lines(file, start: int, end: int | None) -> Iterator[tuple[str, bytes]]
         at = start
         if start:
             f.seek(start - 1)
-            at = start - 1 + len(f.readline(LONGEST_LINE))
-        while (end is None or at < end) and (line := f.readline(LONGEST_LINE)):
-            if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-                raise ValueError(f"{file}: byte {at}: a line of more than {LONGEST_LINE >> 20} MB")
-            yield f"{file}: byte {at}", line
-            at += len(line)
+            at = start - 1 + len(f.readline(data.LONGEST_LINE))
+        try:
+            for line in data.lines(f):
+                if end is not None and at >= end:
+                    return
+                yield f"{file}: byte {at}", line
+                at += len(line)
+        except ValueError as error:
+            raise ValueError(f"{file}: byte {at}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- the corpus
@@ -174,8 +180,8 @@ class Corpus:
     first ones.
     """
 
-    def __init__(self, spec: str, seed: int, hold_out: int, text_field: str | None, skip_bad_records: bool):
-        self.spec, self.seed, self.text_field, self.skip_bad = spec, seed, text_field, skip_bad_records
+    def __init__(self, spec: str, seed: int, hold_out: int, named: tuple, skip_bad_records: bool):
+        self.spec, self.seed, self.named, self.skip_bad = spec, seed, named, skip_bad_records
         self.bad, self.too_long = 0, 0  # records left out
         self.files, self.begin, self.held_out = [], {}, []
         for source in data.parse_spec(spec):
@@ -183,7 +189,7 @@ class Corpus:
                 raise ValueError(f"--streaming: {source.name} is made up in memory; leave --streaming out")
             if source.train is not None:
                 raise ValueError(f"--streaming does not count records: leave train:{source.train} out of {spec!r}")
-            train, held_out = data.split_files(find_files(source.name))
+            train, held_out = data.split_files(find_files(source.name, source.config))
             self.files += train
             self.begin |= dict.fromkeys(train, 0)
             n, limit = source.test, math.inf
@@ -213,7 +219,7 @@ class Corpus:
     def records(self, piece: tuple, skip: int = 0) -> Iterator[tuple[int, str, list[dict]]]:
         """(number of the next record, place, [the record in normal form]) without the first `skip`; [] for a broken one
         that is left out. Raises ValueError with its place."""
-        usable = data.usable(read_piece(*piece, skip=skip), self.text_field, self.skip_bad)
+        usable = data.usable(read_piece(*piece, skip=skip), self.named, self.skip_bad)
         for number, (place, normal) in enumerate(usable, skip + 1):
             self.bad += not normal
             yield number, place, normal
@@ -274,14 +280,19 @@ class Feed:
     """What both kinds of feed share: from normal records to micro-batches, as the flags and the method ask.
 
     method: a module; of it are used PACKED (micro-batches are packed rows of max_length tokens, or single examples) and
-    check_example(example, settings), if it has one. group: micro-batches in a step, of all processes together.
+    check_example(example, settings), if it has one. records: by which a run that goes on sees that its data are others.
+    group: micro-batches in a step, of all processes together.
     """
 
-    def __init__(self, args, method, settings, tokenizer, ranks):
+    def __init__(self, args, method, settings, tokenizer, records, ranks):
         if args.pad_len and tokenizer.pad_id is None:
             raise ValueError("--pad_len: the tokenizer has no pad token; leave --pad_len out")
         self.args, self.method, self.settings, self.tokenizer, self.ranks = args, method, settings, tokenizer, ranks
         self.group, self.positions = args.gradient_accumulation_steps * ranks.world, {}
+        digest = hashlib.sha256()
+        for record in records:
+            digest.update(json.dumps(record).encode())
+        self.digest = digest.hexdigest()
 
     def take(self) -> list[list]:
         """This process's micro-batches of the next step. Raises OSError or ValueError when data cannot be had."""
@@ -291,12 +302,20 @@ class Feed:
         """Of this process, before the next step; of what is in memory, the step says it all."""
         return dict(self.positions)
 
-    def gather(self, position: dict) -> dict | None:
+    def begin(self, step: int, stored: dict | None) -> None:
+        """Sets this process's micro-batches from this step on, and says where the data have changed."""
+        if (stored or {}).get("digest", self.digest) != self.digest:
+            spec = f"--dataset_args {self.args.dataset_args}"
+            self.ranks.say(f"{spec}: not the records that the checkpoint was made with; going on with the new ones")
+
+    def gather(self, position: dict) -> dict:
         """The positions of all processes, for a checkpoint. All must call."""
+        return {"digest": self.digest}
 
     def encode(self, records: list[dict], **options) -> data.Dataset:
         a = self.args
-        options = {"max_length": a.max_length, "insert_eos": a.insert_eos, "chat_template": a.chat_template} | options
+        options = {"max_length": a.max_length, "insert_eos": a.insert_eos} | options
+        options |= {"truncate": a.truncation == "right", "learn_prompts": not a.mask_prompt_loss}
         return data.encode(records, self.tokenizer, **options)
 
     def check(self, example: data.Example) -> None:
@@ -312,7 +331,8 @@ class Feed:
         a = self.args
         if not a.pad_len:
             return examples
-        return [data.pad_response(e, a.pad_len, self.tokenizer.pad_id, a.max_length) for e in examples]
+        options = self.tokenizer.pad_id, a.max_length, self.tokenizer.is_published
+        return [data.pad_response(e, a.pad_len, *options) for e in examples]
 
     def batches(self, examples: list, seed: int, epoch: int) -> list[list]:
         """Micro-batches, lists of examples, in an order drawn from (seed, epoch)."""
@@ -327,7 +347,7 @@ class MemoryFeed(Feed):
     """Training and validation examples (`eval`) in memory."""
 
     def __init__(self, args, method, settings, tokenizer, train_records, eval_records, ranks):
-        super().__init__(args, method, settings, tokenizer, ranks)
+        super().__init__(args, method, settings, tokenizer, train_records + eval_records, ranks)
         self.train = self.encode(train_records, progress=ranks.is_main)
         held_out = self.encode(eval_records, recut=False)
         self.eval = self.pad(held_out.examples)
@@ -351,6 +371,7 @@ class MemoryFeed(Feed):
         return self.batches(self.rows(epoch), self.args.seed, epoch)
 
     def begin(self, step: int, stored: dict | None) -> None:
+        super().begin(step, stored)
         everything, first = chain.from_iterable(map(self.epoch, count())), step * self.group + self.ranks.rank
         self.micro_batches = islice(everything, first, None, self.ranks.world)
 
@@ -361,14 +382,14 @@ class StreamedFeed(Feed):
     steps_per_epoch = math.inf
 
     def __init__(self, args, method, settings, tokenizer, corpus: Corpus, ranks):
-        super().__init__(args, method, settings, tokenizer, ranks)
-        self.corpus = corpus
+        self.corpus, self.sample = corpus, corpus.sample(1 << 20)
+        super().__init__(args, method, settings, tokenizer, corpus.held_out + self.sample, ranks)
         self.eval = self.pad(self.examples(corpus.held_out, "the last held-out record"))
         ranks.say(f"{corpus.total / 1e6:.1f} MB in {len(corpus.files)} files, streamed; {len(self.eval)} held out")
 
     def rows(self) -> list:
         """Some of the examples, from all over the corpus."""
-        return self.examples(self.corpus.sample(1 << 20), "the last of a sample")
+        return self.examples(self.sample, "the last of a sample")
 
     def examples(self, records: list[dict], place: str) -> list:
         """Those that can be trained on. place: of the last record, for error messages."""
@@ -417,6 +438,7 @@ class StreamedFeed(Feed):
             record = 0
 
     def begin(self, step: int, stored: dict | None) -> None:
+        super().begin(step, stored)
         corpus, rank, world = self.corpus, self.ranks.rank, self.ranks.world
         corpus.bad = corpus.too_long = 0  # samples and held-out records have been counted until here
         self.count, positions = corpus.shards(world), {}
@@ -445,17 +467,18 @@ class StreamedFeed(Feed):
         if bad or too_long:
             self.ranks.say(f"left out of this run so far: {bad} broken records, {too_long} longer than --max_length")
         positions = {n: at for part in self.ranks.gather(position) for n, at in part.items()}
-        return {"lanes": self.count, "positions": positions, "files": self.corpus.fingerprint()}
+        files = self.corpus.fingerprint()
+        return super().gather(position) | {"lanes": self.count, "positions": positions, "files": files}
 
 
 def open_data(args, ranks):
     """(kind of feed, the records that it takes, a function that gives some of them)."""
     if args.streaming:
         hold_out = 0 if args.eval_strategy == "no" else 200
-        corpus = Corpus(args.dataset_args, args.seed, hold_out, args.text_field, args.skip_bad_records)
+        corpus = Corpus(args.dataset_args, args.seed, hold_out, data.named_fields(args), args.skip_bad_records)
         return StreamedFeed, [corpus], corpus.sample
     train_records, eval_records, reports = data.load_records(
-        args.dataset_args, args.seed, text_field=args.text_field, skip_bad_records=args.skip_bad_records
+        args.dataset_args, args.seed, named=data.named_fields(args), skip_bad_records=args.skip_bad_records
     )
     for report in reports:
         ranks.say(str(report))

@@ -5,16 +5,17 @@ import json
 import math
 import sys
 import time
+import uuid
 from pathlib import Path
 
 from tqdm import tqdm
 
 from parallel import Ranks
-from plumbing.checkpoints import trim_metrics
+from plumbing.checkpoints import write_whole
 
 
 class Log:
-    """metrics.jsonl: one JSON object per logging step, means since the last one; tensorboard on request.
+    """metrics.jsonl: one JSON object per logging step, means since the last one; tensorboard or wandb on request.
 
     Steps whose loss or gradient is not finite are counted here too; too many in a row end the run.
     """
@@ -27,15 +28,10 @@ class Log:
         self.start = time.monotonic() - max((line.get("seconds", 0.0) for line in lines), default=0.0)
         evaluated = [line["step"] for line in lines if "eval_loss" in line]
         self.last_eval = ranks.all_reduce_max(max(evaluated, default=0))
-        self.board = None
-        if ranks.is_main and args.report_to == "tensorboard":
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("--report_to tensorboard: run `pip install tensorboard` first") from None
-            self.board = SummaryWriter(out / "tensorboard", purge_step=state["step"] + 1)
         self.reset()
-        stored = state.get("log", {"skipped": 0, "skipped_in_a_row": 0, "sums": [], "counts": []})
+        stored = {"skipped": 0, "skipped_in_a_row": 0, "sums": [], "counts": []} | state.get("log", {})
+        self.id = stored.get("id") or uuid.uuid4().hex[:8]
+        self.report = open_report(args.report_to, out, self.id, state["step"], args) if ranks.is_main else None
         self.skipped, self.skipped_in_a_row = stored["skipped"], stored["skipped_in_a_row"]
         if len(stored["sums"]) == ranks.world:
             self.sums, self.counts = stored["sums"][ranks.rank], stored["counts"][ranks.rank]
@@ -51,7 +47,8 @@ class Log:
         sums = self.ranks.gather({name: float(total) for name, total in self.sums.items()})
         counts = self.ranks.gather(self.counts)
         return {
-            "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "sums": sums, "counts": counts
+            "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "sums": sums, "counts": counts,
+            "id": self.id,
         }  # fmt: skip
 
     def reset(self) -> None:
@@ -133,6 +130,37 @@ class Log:
                     f.write(json.dumps(record) + "\n")
             except OSError as e:
                 raise OSError(f"{self.file}: cannot be written to ({e.strerror or e})") from e
-            if self.board:
-                for name, value in record.items():
-                    self.board.add_scalar(name, value, record["step"])
+            self.report(record)
+
+
+def open_report(to: str, out: Path, run_id: str, step: int, args):
+    """A function that takes lines of metrics.jsonl to where --report_to says, and goes on where the run does, at
+    `step`. Raises ValueError."""
+    if to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(out / to, purge_step=step + 1)
+        return lambda record: [board.add_scalar(name, value, record["step"]) for name, value in record.items()]
+    if to == "wandb":
+        import wandb
+
+        try:
+            run = wandb.init(project="nanoEdit", name=out.name, dir=out, id=run_id, resume="allow", config=vars(args))
+        except wandb.Error as e:
+            raise ValueError(f"--report_to wandb: {e}") from None
+        return lambda record: run.log(record, step=record["step"])
+    return lambda record: None
+
+
+def trim_metrics(file: Path, step: int) -> list[dict]:
+    """Drops lines that an interrupted run logged after its last checkpoint: they will be logged again. Returns the
+    others."""
+    if not file.exists():
+        return []
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line for line in lines if line["step"] <= step]
+    except (ValueError, LookupError, TypeError, RecursionError) as e:
+        raise ValueError(f"{file}: not the metrics of a run ({e}); move it away to go on without") from None
+    write_whole(file, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept

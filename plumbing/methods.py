@@ -8,7 +8,10 @@ A method is a module with
                     rollout. progress of the training: 0 to 1. rng: this micro-batch's own generator; shared_rng: one in
                     the same state on every process, for what decides how many forward passes are made
     loss            (model, batch) -> (scalar, metrics for the log)
-    generate        (model, prompts, settings, seeds, drafts=None, on_step=None) -> list of ragged.Generated
+    generate        (model, prompts, settings, seeds, drafts=None, suffixes=None, keep=None, on_step=None) -> list of
+                    ragged.Generated: texts between prompt and suffix, from drafts of which the tokens in keep stay
+    likelihood      (model, examples, settings, rng) -> float64: an unbiased estimate, in nats, of an upper bound of
+                    -log p(response | prompt, suffix), one for each example or their sum; exact where EXACT is true
     passes          (settings): the most forward passes that a batch takes
     start_length    (settings): the tokens that a response starts with
 
@@ -23,6 +26,7 @@ A method is a module with
 
 and, where there is need of them,
 
+    PUBLISHED       settings for checkpoints of the published system, which remember none
     check_flags     (args): raises ValueError for training flags that do not go together
     check_example   (example, settings): raises ValueError now for what would be raised in the middle of a step
     start           (model, settings, examples, resumed): before the first step, with examples of the training data
@@ -34,11 +38,12 @@ where there is none), and for `generate` also `max_positions`.
 import argparse
 from types import SimpleNamespace
 
+import ar
 import editflow
 import medlm
 from plumbing import cli
 
-METHODS = {"editflow": editflow, "medlm": medlm}
+METHODS = {"editflow": editflow, "medlm": medlm, "ar": ar}
 
 
 def get(name: str):
@@ -54,10 +59,20 @@ def of(model):
 
 
 def complete(stored: dict) -> dict:
-    """What a checkpoint remembers, with defaults for what it does not say."""
-    f, method = cli.Flags(""), get(stored["method"])
+    """What a checkpoint remembers, with defaults for what it does not say. Raises ValueError for what cannot be."""
+    f, method = cli.Flags(""), get(str(stored["method"]))
     method.model_flags(f)
-    return stored | method.remember(f.parse_args([]), stored)
+    silent = f.parse_args([])
+    for name, default in method.remember(silent, {}).items():
+        kinds = {type(default), type(stored.get(name, default))}
+        if len(kinds) > 1 and default is not None and kinds != {int, float}:
+            raise ValueError(f"field 'nanoedit.{name}' must be of the kind of {default!r}, found {stored[name]!r}")
+    return stored | method.remember(silent, stored)
+
+
+def published(name: str) -> dict:
+    """The settings that go with a checkpoint of the published system."""
+    return getattr(get(name), "PUBLISHED", {})
 
 
 def recognise(tensor_names) -> str | None:
@@ -74,10 +89,11 @@ def training_flags(f) -> None:
         method.training_flags(f)
 
 
-def sampling_flags(f, temperature: float = 1.0) -> None:
+def sampling_flags(f, temperature: float | None = None) -> None:
     """How to decode, for sample.py and evaluate.py."""
     f.group("decoding")
-    f.number("--temperature", low=0, default=temperature, help="of the token distributions; 0 takes the likeliest")
+    f.number("--temperature", low=0, default=temperature,
+             help="of the token distributions; 0 takes the likeliest (default: the checkpoint's, else 1)")
     f.integer("--top_k", low=0, default=0, help="draw from the k most likely tokens (0: all)")
     f.number("--top_p", above=0, high=1, default=1.0, help="draw from the likeliest tokens that hold this probability")
     f.integer("--init_num", "-n", low=1, help="the longest possible answer in tokens (default: 512)")
@@ -101,8 +117,7 @@ def sampling_settings(method, args, model, tokenizer) -> SimpleNamespace:
     """All that an answer depends on, beside checkpoint, prompt and seed. It can be written as JSON."""
     flags = {name: getattr(args, name) for name in vars(default_sampling())}
     given = {name: value for name, value in flags.items() if value is not None}
-    settings = SimpleNamespace(**flags | model.config.nanoedit | given)
-    settings.init_num = settings.init_num or 512
+    settings = SimpleNamespace(**flags | {"init_num": 512, "temperature": 1.0} | model.config.nanoedit | given)
     settings.tokens, settings.max_positions = special_tokens(method, tokenizer), model.config.max_positions
     return settings
 

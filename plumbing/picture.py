@@ -48,7 +48,7 @@ class State(NamedTuple):
     """The sequence before a step of the sampler, and what the step does to it; no edits after the last step."""
 
     t: float
-    label: str  # "" for Edit Flows, "mask" or "edit" for the phases of ME-DLM
+    label: str  # "" for Edit Flows, "back" for its corrector, "mask" or "edit" for the phases of ME-DLM
     ids: list[int]
     text: list[str]  # one string per token
     edits: list[list[int]]  # [position, op, sub_token, ins_token] where there is something to do
@@ -190,7 +190,7 @@ def _frame(trace: Trace, now: int, before: int | None = None, after: int | None 
             shown = shown.replace("\n", "¶\n") or "·"  # something to see the mark on
         cells.append(Cell(shown, kind, mark))
     phase, label = f"t = {state.t:.2f}", states[now - 1].label if now else ""
-    if label:
+    if label not in ("", "back"):
         phase = f"{label} pass {sum(s.label == label for s in states[:now])}"
     return Frame(now, phase, state.t, cells, state.total)
 

@@ -10,38 +10,33 @@ every saved one can be opened elsewhere:
 
 `Tokenizer` adds to these libraries what the rest of this repository asks for: the ids of the few tokens that mean
 something to an editing model, and one printable string per token for the traces.
+
+Text is text: the control token `<|im_end|>` comes from the chat template or from this program. In what a user or a
+training file has written the same characters are letters, or one message could forge a whole dialogue.
 """
 
 import json
+import math
 import re
-from datetime import datetime
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
-import jinja2
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from plumbing import template as templates
+from plumbing.template import CHAT_TEMPLATE, PUBLISHED_TEMPLATE
 
 DEL_TOKEN = "<|del|>"
 SPECIAL_TOKENS = {"pad": "<|pad|>", "bos": "<|bos|>", "eos": "<|eos|>", "mask": "<|mask|>", "del": DEL_TOKEN}
 NEW_CONFIG = {f"{role}_token": name for role, name in SPECIAL_TOKENS.items() if role != "del"}
 NEW_CONFIG |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 MASK_NAMES = ("<|mdm_mask|>", "<|mask|>", "[MASK]", "<mask>")  # for checkpoints that do not declare theirs, as LLaDA's
+MESSAGE_TOKENS = ("<|im_start|>", "<|im_end|>")
 END_OF_MESSAGE = ("<|im_end|>", "<|eot_id|>")
-
-CHAT_TEMPLATE = """\
-{{ bos_token }}{% for message in messages %}
-<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endfor %}
-{% if add_generation_prompt %}
-<|im_start|>assistant
-{% endif %}
-"""
+MOST_GROWTH = 10_000  # how many times longer a normalizer may make a text
 
 
 class Tokenizer:
@@ -55,14 +50,73 @@ class Tokenizer:
         self.backend = backend
         self.config = dict(config)
         self.chat_template = chat_template
+        self.raw_control_tokens = False
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids. Nothing is added; special tokens written out in the text are recognised."""
-        return self.encode_batch([text])[0]
+    def configure(self, chat_template: bool | str | None = None, raw_control_tokens: bool = False) -> None:
+        """How texts are written from now on; what is said of the template is saved with the tokenizer.
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The same for many texts, on all cores."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        chat_template: True or False: whether it is used; "published": that of the published ME-DLM processor;
+        "shipped": the one that stood beside the weights; None: as the checkpoint was trained. raw_control_tokens: all
+        text may write control tokens, for those who know where theirs comes from. Raises ValueError.
+        """
+        if chat_template == "published":
+            if None in map(self.backend.token_to_id, MESSAGE_TOKENS):
+                raise ValueError(f"--chat_template published: the tokenizer has no {' and '.join(MESSAGE_TOKENS)}")
+            self.config.setdefault("shipped_chat_template", self.chat_template)
+            self.chat_template = PUBLISHED_TEMPLATE
+        elif chat_template == "shipped":
+            self.chat_template = self.config.get("shipped_chat_template", self.chat_template)
+        if chat_template is not None:
+            self.config["raw_dialogues"] = not chat_template
+        self.raw_control_tokens = raw_control_tokens
+
+    @property
+    def writes_chats(self) -> bool:
+        return bool(self.chat_template) and not self.config.get("raw_dialogues")
+
+    @property
+    def is_published(self) -> bool:
+        """Whether prompts, texts and pads are those of the published ME-DLM processor."""
+        return self.chat_template == PUBLISHED_TEMPLATE
+
+    def encode(self, text: str, control: bool | None = None) -> list[int]:
+        return self.encode_batch([text], control)[0]
+
+    def encode_batch(self, texts: list[str], control: bool | None = None) -> list[list[int]]:
+        """Token ids of many texts, on all cores. Nothing is added. control: whether control tokens that are written out
+        are recognised (default: raw_control_tokens). Raises ValueError where the tokenizer fails."""
+        control = self.raw_control_tokens if control is None else control
+        if control and isinstance(self.backend, SentencePiece):
+            return [self._encode_parts(self._cut().split(text)) for text in texts]
+        self.backend.encode_special_tokens = not control
+        try:
+            rows = [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except BaseException as error:  # the library's panics are no Exception: that of an endless regex, say
+            if type(error).__module__ != "pyo3_runtime":
+                raise
+            raise ValueError(f"the tokenizer fails on a text: {error}") from None
+        names = {} if control else self._controls()
+        for n, row in enumerate(rows):
+            if not names.keys().isdisjoint(row):  # words of the vocabulary: now letter by letter
+                spelt = [[self._id(letter, "unk_token") for letter in names[i]] if i in names else [i] for i in row]
+                rows[n] = [i for letters in spelt for i in letters if i is not None]
+        return rows
+
+    def _controls(self) -> dict[int, str]:
+        """{id: token}, without that for unknown words, and without a single letter, which stands for itself."""
+        unknown = self._id("unk_token", "[UNK]", "<unk>")
+        tokens = self.backend.get_added_tokens_decoder().items()
+        return {i: t.content for i, t in tokens if t.special and i != unknown and len(t.content) > 1}
+
+    def _cut(self) -> re.Pattern:
+        """Splits a text into texts, at even places, and the control tokens between them."""
+        longest_first = sorted(self._controls().values(), key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+    def _encode_parts(self, parts: list[str]) -> list[int]:
+        ids = [[self.backend.token_to_id(part)] for part in parts]
+        ids[::2] = self.encode_batch(parts[::2], control=False)
+        return [i for part in ids for i in part]
 
     def decode(self, ids, skip_special: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
@@ -85,7 +139,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the largest id: the rows that an embedding must have."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.backend.get_vocab().values()) + 1
 
     def _id(self, *names: str) -> int | None:
         """The first of these tokens that there is; "bos_token" and the like stand for what the config says."""
@@ -93,7 +147,7 @@ class Tokenizer:
         ids = [self.backend.token_to_id(name) for name in names if name]
         return next((i for i in ids if i is not None), None)
 
-    bos_id = property(lambda self: self._id("bos_token", "cls_token"))
+    bos_id = property(lambda self: self._id("<|im_start|>" if self.is_published else "bos_token", "cls_token"))
     pad_id = property(lambda self: self._id("pad_token"))
     mask_id = property(lambda self: self._id("mask_token", *MASK_NAMES))
     del_id = property(lambda self: self._id(DEL_TOKEN))
@@ -121,19 +175,47 @@ class Tokenizer:
                 self.config[f"{role}_token"] = name
         return added
 
-    def chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """[{"role": ..., "content": ...}, ...] as one text, up to where the assistant speaks next.
-
-        Raises ValueError when there is no chat template or when it rejects the messages.
-        """
+    def write_chats(self, dialogues: list[list[dict]], add_generation_prompt: bool = True) -> list[str]:
+        """Dialogues [{"role": ..., "content": ...}, ...] as texts, up to where the assistant speaks next. Raises
+        ValueError when there is no chat template or when it rejects the messages."""
         if not self.chat_template:
             raise ValueError("the tokenizer has no chat template: pass --chat_template False, or add the template")
-        context = _special_names(self.config) | {"tools": None, "documents": None}
-        context |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        try:
-            return _compile_template(self.chat_template).render(context)
-        except Exception as error:  # a template is a program and can fail in any way
-            raise ValueError(f"the chat template fails on these messages: {error}") from error
+        common = _special_names(self.config) | {"tools": None, "documents": None}
+        common["add_generation_prompt"] = add_generation_prompt
+        return templates.render(self.chat_template, [common | {"messages": messages} for messages in dialogues])
+
+    def encode_chats(self, dialogues: list[list[dict]]) -> list[list[int]]:
+        """Token ids of dialogues in the chat template, with its control tokens and no others.
+
+        Before the template sees it, each control token in a message is broken by a character that occurs nowhere else,
+        and so is the beginning of one at a message's end. (Not covered: a template that takes characters out of the
+        middle of messages can join what was apart; and the name of a role may complete a token that a template begins.)
+        Where no message speaks of control tokens, the ids are those of the whole text. Raises ValueError, too.
+        """
+        names, cut = self._controls(), self._cut()
+        beginnings = {name[:k] for name in names.values() for k in range(1, len(name))}
+        longest = max(map(len, beginnings), default=0)
+        everything = "\n".join(value for messages in dialogues for m in messages for value in m.values())
+        mark = next(c for c in map(chr, range(0xF0000, 0x110000)) if c not in everything + (self.chat_template or ""))
+
+        def break_up(text: str) -> str:
+            while cut.search(text):
+                text = cut.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+            for k in range(min(longest, len(text)), 0, -1):
+                if text[-k:] in beginnings:
+                    text = text[: len(text) - k + 1] + mark + text[len(text) - k + 1 :]
+            return text
+
+        if not self.raw_control_tokens:
+            dialogues = [[{key: break_up(m[key]) for key in m} for m in messages] for messages in dialogues]
+        texts = self.write_chats(dialogues)
+        rows = self.encode_batch(texts, control=True)
+        for n, text in enumerate(texts):
+            parts = cut.split(text)
+            found = [i for i in rows[n] if i in names]
+            if mark in text or found != list(map(self.backend.token_to_id, parts[1::2])):
+                rows[n] = self._encode_parts([part.replace(mark, "") for part in parts])
+        return rows
 
     def save(self, directory) -> None:
         """Writes the folder that `load_tokenizer` reads back."""
@@ -155,44 +237,32 @@ class Tokenizer:
 class SentencePiece:
     """A sentencepiece model behind the few methods of `tokenizers.Tokenizer` that `Tokenizer` calls.
 
-    sentencepiece never recognises a special token in a text, and its vocabulary cannot grow. So the text is cut at the
-    special tokens, and the ids of added tokens follow those of the model.
+    sentencepiece never recognises a special token in a text, and its vocabulary cannot grow: the ids of added tokens
+    follow those of the model, and `Tokenizer` cuts the text at them.
     """
 
     def __init__(self, path):
         self.model = SentencePieceProcessor(model_file=path)
         self.vocab = {self.model.id_to_piece(i): i for i in range(len(self.model))}
-        self.names = {}  # of the special tokens, by id
-        self.add_special_tokens([AddedToken(t) for t, i in self.vocab.items() if self.model.is_control(i)])
+        self.names = {i: t for t, i in self.vocab.items() if self.model.is_control(i)}  # of the special tokens
 
     def add_special_tokens(self, tokens: list[AddedToken]) -> None:
         for token in tokens:
             i = self.vocab.setdefault(token.content, len(self.vocab))
             self.names[i] = token.content
-        longest_first = sorted(self.names.values(), key=len, reverse=True)
-        self.cut = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def encode_batch_fast(self, texts, add_special_tokens=False):
-        return [SimpleNamespace(ids=self._encode(text)) for text in texts]
-
-    def _encode(self, text: str) -> list[int]:
-        ids = []
-        for n, part in enumerate(self.cut.split(text)):  # texts at even places, special tokens between them
-            ids += [self.vocab[part]] if n % 2 else self.model.encode(part)
-        return ids
+        return [SimpleNamespace(ids=self.model.encode(text)) for text in texts]
 
     def decode(self, ids, skip_special_tokens=True) -> str:
         ids = [i for i in ids if not (skip_special_tokens and i in self.names)]
-        parts = []
-        for is_special, run in groupby(ids, key=self.names.__contains__):
-            part = list(run)
-            parts += map(self.names.get, part) if is_special else [self.model.decode(part)]
-        return "".join(parts)
+        runs = groupby(ids, key=self.names.get)  # a special token's name, or None
+        return "".join(name * len(list(run)) if name else self.model.decode(list(run)) for name, run in runs)
 
     def token_to_id(self, token: str) -> int | None:
         return self.vocab.get(token)
 
-    def get_vocab(self, with_added_tokens=True) -> dict[str, int]:
+    def get_vocab(self) -> dict[str, int]:
         return self.vocab
 
     def get_added_tokens_decoder(self) -> dict[int, AddedToken]:
@@ -211,9 +281,11 @@ def load_tokenizer(directory, backend=None) -> Tokenizer:
     names = _special_names(read_json(directory / "special_tokens_map.json")) | _special_names(config)
     backend = backend or _load_backend(directory)
     try:
-        for token in [added[i]["content"] for i in sorted(added, key=int)]:
-            if backend.token_to_id(token) is None:
-                backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        late = [added[i]["content"] for i in sorted(added, key=int)]
+        late = [AddedToken(name, special=True, normalized=False) for name in late if backend.token_to_id(name) is None]
+        known = backend.get_added_tokens_decoder().values()
+        control = {*names.values(), *MASK_NAMES, *MESSAGE_TOKENS, *END_OF_MESSAGE, DEL_TOKEN}
+        backend.add_special_tokens(late + [t for t in known if t.content in control and not t.special])
         if isinstance(template, list):  # of several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         template = written.read_text(encoding="utf-8") if written.exists() else template
@@ -222,7 +294,25 @@ def load_tokenizer(directory, backend=None) -> Tokenizer:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         what = f"{settings} (added_tokens_decoder, chat_template) or {written}"
         raise ValueError(f"{what} cannot be read: {type(error).__name__}: {error}") from None
-    return Tokenizer(backend, config | names, template)
+    model, tokenizer = read_json(directory / "config.json"), Tokenizer(backend, config | names, template)
+    if "nanoedit" not in model:
+        _write_as_published(tokenizer, str(model.get("model_type")))
+    return tokenizer
+
+
+def _write_as_published(tokenizer: Tokenizer, kind: str) -> None:
+    """Dialogues as the published systems write them, for a checkpoint that was made elsewhere. kind: of model.
+
+    ME-DLM's processor does not ask the template in its folder (which begins with bos and trims contents). Edit Flows
+    has its own for encoders and LLaDA, here where theirs is missing, and lets Qwen3 answer without thinking.
+    """
+    template = tokenizer.chat_template or ""
+    if "llada" in kind and None not in map(tokenizer.backend.token_to_id, (DEL_TOKEN, *MESSAGE_TOKENS)):
+        tokenizer.configure("published")
+    elif not template and ("bert" in kind or "llada" in kind):
+        tokenizer.chat_template = templates.ENCODER_TEMPLATE if "bert" in kind else templates.LLADA_TEMPLATE
+    elif "enable_thinking" in template:
+        tokenizer.chat_template = "{% set enable_thinking = false %}" + template
 
 
 def _load_backend(directory: Path):
@@ -232,6 +322,10 @@ def _load_backend(directory: Path):
             backend = tokenizers.Tokenizer.from_file(str(path))
             backend.no_truncation()
             backend.no_padding()
+            state = backend.normalizer.__getstate__().decode() if backend.normalizer else ""
+            contents = re.findall(r'"content":("(?:[^"\\]|\\.)*")', state)  # what is put for each thing replaced
+            if math.prod(max(1, len(json.loads(content))) for content in contents) > MOST_GROWTH:
+                raise ValueError(f"its normalizer can make texts more than {MOST_GROWTH} times longer")
             return backend
         if old.exists():
             return SentencePiece(str(old))
@@ -246,21 +340,6 @@ def _special_names(config: dict) -> dict[str, str]:
     return {key: value for key, value in tokens.items() if key.endswith("_token") and isinstance(value, str)}
 
 
-@lru_cache
-def _compile_template(source: str) -> jinja2.Template:
-    """With what templates written for the hub expect to find. They come with a checkpoint: code that is not trusted."""
-
-    def raise_exception(message):
-        raise ValueError(message)
-
-    loops = ["jinja2.ext.loopcontrols"]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    return environment.from_string(source)
-
-
 MOST_TOKENS = 10**7  # in a vocabulary that is trained: the library reserves memory for as many as are asked for
 LONG_RUN = re.compile(r"(\S{1000}|\s{1000})")  # BPE takes time that is quadratic in the longest word
 
@@ -271,7 +350,7 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
     Numbers are split into digits, which arithmetic needs. Raises ValueError when `vocab_size` has no room for the 256
     bytes and the special tokens.
     """
-    special = [*SPECIAL_TOKENS.values(), "<|im_start|>", "<|im_end|>"]
+    special = [*SPECIAL_TOKENS.values(), *MESSAGE_TOKENS]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     least = len(special) + len(alphabet)
     if vocab_size < least:
@@ -281,9 +360,8 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.decoder = decoders.ByteLevel()
     options = {"special_tokens": special, "initial_alphabet": sorted(alphabet), "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, **options)
     pieces = (piece for text in texts for piece in LONG_RUN.sub("\\1\0", text).split("\0"))
-    backend.train_from_iterator(pieces, trainer)
+    backend.train_from_iterator(pieces, trainers.BpeTrainer(vocab_size=vocab_size, **options))
     return Tokenizer(backend, NEW_CONFIG, CHAT_TEMPLATE)
 
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The whole of nanoEdit in five minutes on two CPU cores: train Edit Flows from scratch on the built-in toy task
+# The whole of nanoEdit in five minutes on one CPU core: train Edit Flows from scratch on the built-in toy task
 # (arithmetic word problems with many right phrasings), answer all 304 held-out prompts in one batch, watch one answer
 # being written. `make demo` runs this; a second run finds the trained model and goes straight to the answers.
 set -euo pipefail
+[ "${1:-}" != --help ] || exec sed -n "2,/^set/s/^#//p" "$0"
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python} || PYTHON=${PYTHON:-python}
 OUT=${OUT:-out/demo}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 if [ ! -e "$OUT/checkpoint-final" ]; then
   $PYTHON train.py --method editflow --dataset_args toy --preset tiny --x0_sampler empty --schedule linear \
@@ -19,5 +20,9 @@ echo "All held-out prompts, 32 steps each:"
 $PYTHON evaluate.py --path "$OUT" --task toy --tau 0.03125 --batch_size 304 --show_answers 12 --output_dir "$OUT/evaluation"
 
 echo
-$PYTHON sample.py --model_name_or_path "$OUT" --prompt "Cora has 4 apples, gets 9:" --steps 32 --temperature 0 --seed 1 \
-  --show --make_gif decode_trace.gif
+echo "64 steps, each of which takes back a little of what was written (the corrector):"
+$PYTHON evaluate.py --path "$OUT" --task toy --steps 64 --corrector 2 --batch_size 304 --output_dir "$OUT/corrected"
+
+echo
+$PYTHON sample.py --model_name_or_path "$OUT" --prompt "Cora has 4 apples, gets 9:" --steps 64 --corrector 2 --temperature 0 \
+  --seed 1 --show --make_gif decode_trace.gif

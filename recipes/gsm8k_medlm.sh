@@ -4,6 +4,7 @@
 #
 #   recipes/gsm8k_medlm.sh DIR      DIR holds gsm8k_train.jsonl and gsm8k_test.jsonl ({"question", "answer"} per line)
 set -euo pipefail
+[ "${1:-}" != --help ] || exec sed -n "2,/^set/s/^#//p" "$0"
 DIR=$(realpath "${1:?usage: recipes/gsm8k_medlm.sh DIR}")
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python} || PYTHON=${PYTHON:-python}

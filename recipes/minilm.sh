@@ -4,6 +4,7 @@
 #
 #   recipes/minilm.sh MODEL GSM8K_TRAIN.jsonl      MODEL: sentence-transformers/all-MiniLM-L6-v2, or its folder
 set -euo pipefail
+[ "${1:-}" != --help ] || exec sed -n "2,/^set/s/^#//p" "$0"
 MODEL=${1:?usage: recipes/minilm.sh MODEL GSM8K_TRAIN.jsonl} DATA=$(realpath "$2")
 [ -d "$MODEL" ] && MODEL=$(realpath "$MODEL")
 cd "$(dirname "$0")/.."

@@ -9,9 +9,10 @@
 #
 # --output_dir must be on a disk that all of them see: the first process writes the checkpoints, all read them. When the
 # processes of a machine die the others end within a minute (when the machine vanishes from the network without a word,
-# after half an hour); run the same command again, and training goes on from the newest checkpoint, on as many machines
+# after five minutes); run the same command again, and training goes on from the newest checkpoint, on as many machines
 # as there are then (keep nodes x processes x --gradient_accumulation_steps as it was, and the losses are the same).
 set -euo pipefail
+[ "${1:-}" != --help ] || exec sed -n "2,/^set/s/^#//p" "$0"
 NODES=${1:?usage: recipes/multinode.sh NODES MASTER ADDRESS FLAGS...} MASTER=${2:?MASTER is missing} ADDRESS=${3:?ADDRESS is missing}
 shift 3
 [ -x "$(dirname "$0")/../.venv/bin/python" ] && PYTHON=${PYTHON:-$(dirname "$0")/../.venv/bin/python} || PYTHON=${PYTHON:-python}

@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -65,11 +66,13 @@ def plot_means(curves: dict[str, tuple], x, output, **labels) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     parser = argparse.ArgumentParser(description="Draw the losses of runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", type=Path, help="a folder that holds metrics.jsonl")
     parser.add_argument("-o", "--output", default="losses.png", help="default %(default)s")
     args = parser.parse_args()
     try:
         plot_losses(args.runs, args.output)
+        print(f"losses drawn in {args.output}")
     except (OSError, ValueError) as error:
         sys.exit(f"plot.py: error: {error}")

@@ -5,6 +5,7 @@
 #
 # The file is the 1.1 MB "tiny shakespeare" corpus (on the hub as Trelis/tiny-shakespeare); any .txt will do.
 set -euo pipefail
+[ "${1:-}" != --help ] || exec sed -n "2,/^set/s/^#//p" "$0"
 TEXT=${1:?usage: recipes/shakespeare.sh FILE.txt}
 TEXT=$(realpath "$TEXT")
 cd "$(dirname "$0")/.."

@@ -16,6 +16,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -uo pipefail
+[ "${1:-}" != --help ] || exec sed -n "2,/^set/s/^#//p" "$0"
 cd "${SLURM_SUBMIT_DIR:?run this with sbatch}"
 export PROCESSES=${SLURM_GPUS_ON_NODE:-1} JOB=$SLURM_JOB_ID SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

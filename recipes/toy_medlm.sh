@@ -9,6 +9,7 @@
 #   stage3    trained on from stage2, half of the steps on its own drafts and edits
 #   matched   trained on from stage2 as before, for as many seconds as stage3 took: the fair comparison
 set -euo pipefail
+[ "${1:-}" != --help ] || exec sed -n "2,/^set/s/^#//p" "$0"
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python} || PYTHON=${PYTHON:-python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -183,11 +183,12 @@ def refused(command_line, tmp_path):
     """Runs main() of a script with flags that must fail; what it says, in one line, without the script's name.
 
     status: 1 or 2, if one of the two is promised. named: what the line must contain. Nothing else is said before an
-    exit status of 2, because nothing has been read. No file of the test is written, changed or removed.
+    exit status of 2, because nothing has been read. No file of the test is written, changed or removed, but locks.
     """
 
     def contents():
-        return {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        files = (file for file in tmp_path.rglob("*") if file.is_file() and not file.name.endswith(".lock"))
+        return {file: file.read_bytes() for file in files}
 
     def start(main, flags, status=None, *named):
         before = contents()

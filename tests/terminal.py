@@ -19,6 +19,7 @@ from conftest import HANGING
 from fleet import forkserver
 from pyte.modes import DECAWM
 
+BRACKETED = 2004 << 5  # the mode, as pyte counts
 CTRL_C, CTRL_D, UP, LEFT = "\x03", "\x04", "\x1b[A", "\x1b[D"
 
 
@@ -87,6 +88,10 @@ class Terminal:
             else:
                 data = data[os.write(self.outside, data[:512]) :]
 
+    def paste(self, text: str) -> None:
+        """As a terminal does it: in brackets, where the program has asked for them."""
+        self.type(f"\x1b[200~{text}\x1b[201~" if BRACKETED in self.screens[0].mode else text.replace("\n", "\r"))
+
     def wait(self, until) -> None:
         """Reads on until until() holds."""
         end = time.monotonic() + HANGING
@@ -97,7 +102,8 @@ class Terminal:
 
     def see(self, text: str, times: int = 1) -> None:
         """Waits until a text is on the screen so many times."""
-        self.wait(lambda: self.text().count(text) >= times)
+        self.wait(lambda: self.text().count(text) >= times or self.process.exitcode is not None)
+        assert self.text().count(text) >= times, f"{text!r} is missing:\n{self.text()}"
 
     def end(self) -> int:
         """Waits for the end of the program; its exit status."""

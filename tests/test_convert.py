@@ -305,8 +305,8 @@ def test_medlm_from_llada_puts_its_tokens_on_the_published_ids(tmp_path, capsys)
     out = run(tmp_path / "in", tmp_path / "out", "medlm")
     tokenizer, model = load_tokenizer(out), checkpoints.load(out)
     assert methods.special_tokens(medlm, tokenizer) == {"mask": 126336, "pad": 126081, "del": 126084, "eos": 126085}
-    assert tokenizer.encode("<|im_start|>t7<|im_end|><|del|>") == [126086, 7, 126085, 126084]
-    assert tokenizer.chat([{"role": "user", "content": "t3"}]).startswith("<|startoftext|>")
+    assert tokenizer.encode("<|im_start|>t7<|im_end|><|del|>", control=True) == [126086, 7, 126085, 126084]
+    assert tokenizer.write_chats([[{"role": "user", "content": "t3"}]])[0].startswith("<|startoftext|>")
     assert torch.equal(model.lm_head.weight, tensors["model.transformer.ff_out.weight"])  # no row added or changed
     assert torch.equal(model.next_token_head.weight, model.lm_head.weight)
     assert "<|del|> = 126084" in capsys.readouterr().out
@@ -374,6 +374,18 @@ def test_published_edit_flows_checkpoints_convert_with_their_heads(tmp_path):
     assert torch.equal(medlm_model.lm_head.weight[:KNOWN], heads["sub_logits.weight"][:KNOWN])
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_causal_model_made_bidirectional_by_the_published_system(tmp_path, kind):
+    """Its model type begins with a2d-. What is made of it has the published settings, unless flags say otherwise."""
+    model = make_source(tmp_path / "in", kind)
+    edit_json(tmp_path / "in/config.json", model_type=f"a2d-{kind}")
+    assert_agrees(run(tmp_path / "in", tmp_path / "medlm", "medlm"), model)
+    published = {"schedule": "linear", "x0_sampler": "masks[length:64]"}
+    for flags, changed in ((), {}), (("--x0_sampler", "empty"), {"x0_sampler": "empty"}):
+        out = run(tmp_path / "in", tmp_path / f"flow{len(flags)}", "editflow", *flags)
+        assert (published | changed).items() <= checkpoints.load(out).config.nanoedit.items()
+
+
 # ---------------------------------------------------------------------------------------------------- tokens
 
 
@@ -386,7 +398,7 @@ def test_missing_tokens_are_added_and_said(tmp_path, capsys):
     assert tokenizer.vocab_size == model.config.vocab_size == model.lm_head.out_features > 39
     assert f"from 39 to {tokenizer.vocab_size} rows" in said
     for name in ("<|mask|>", "<|bos|>", "<|del|>", "<|im_start|>", "<|im_end|>"):
-        assert f"{name} = {tokenizer.encode(name)[0]}" in said
+        assert f"{name} = {tokenizer.backend.token_to_id(name)}" in said
     for matrix, source in ((model.model.embed_tokens, "model.embed_tokens"), (model.lm_head, "lm_head")):
         old = before[f"{source}.weight"]
         assert torch.equal(matrix.weight[:39], old)
@@ -412,8 +424,8 @@ def test_encoders_speak_in_questions_and_answers(tmp_path, family, cls, sep):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (cls, sep)
     assert tokenizer.mask_id == 4
     assert tokenizer.vocab_size == 42  # nothing was missing
-    text = tokenizer.chat([{"role": "user", "content": "w1"}])
-    assert text == f"{tokenizer.config['cls_token']}Question:\nw1{tokenizer.config['sep_token']}\nAnswer:\n"
+    text = tokenizer.write_chats([[{"role": "user", "content": "w1"}]])[0]
+    assert text == "[Question]\nw1\n[/Question]\n\n[Answer]\n", "as the published Edit Flows system writes it"
 
 
 def test_a_chat_template_is_kept(tmp_path):
@@ -463,8 +475,9 @@ def test_bare_wordpiece_vocabulary(tmp_path, lower):
     reference = hf.BertTokenizerFast.from_pretrained(tmp_path, do_lower_case=lower)
     ours = convert.open_tokenizer(tmp_path, "bert")
     text = TEXT + " [MASK] stop"
-    assert ours.encode(text) == reference.encode(text, add_special_tokens=False)
-    assert "[MASK]" not in ours.decode(ours.encode(text))
+    ids = ours.encode(text, control=True)
+    assert ids == reference.encode(text, add_special_tokens=False)
+    assert "[MASK]" not in ours.decode(ids)
 
 
 # ---------------------------------------------------------------------------------------------------- files

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -80,8 +81,26 @@ def test_any_spec_is_read_or_refused(spec):
     assert message.startswith("dataset spec") if message else all(source.name for source in data.parse_spec(spec))
 
 
+def test_a_configuration_of_a_dataset_is_chosen_by_name(tmp_path, monkeypatch):
+    assert data.parse_spec("o/d[name:main,train:1_0] + e[test:2, name:a-b]") == [
+        Source("o/d", 10, None, "main"), Source("e", None, 2, "a-b")
+    ]  # fmt: skip
+    root = tmp_path / "main" / "snapshots" / "c0ffee"  # before a file's path in its dataset: does not count
+    for name in ("main/train.jsonl", "data/main/b.jsonl", "main-train.jsonl", "mainly.jsonl", "a/main.b.jsonl"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        jsonl(root / name, [{"text": name}])
+    monkeypatch.setattr(data.huggingface_hub, "snapshot_download", lambda *_, **__: str(root))
+    expected = {"main/train.jsonl", "data/main/b.jsonl", "main-train.jsonl", "a/main.b.jsonl"}
+    for name in ("owner/name", str(root)):
+        train, _, _ = data.load_records(f"{name}[name:main,test:0]")
+        assert {record["text"] for record in train} == expected
+    with pytest.raises(ValueError, match=r"no data file of \[name:other\]"):
+        data.load_records(f"{root}[name:other]")
+
+
 def test_broken_specs():
-    for spec in ("", "a + ", "a[train]", "a[train:x]", "a[train:1,train:2]", "a[dev:3]", "a[test:-1]", "a[]b", "a[]"):
+    counts = ("", "a + ", "a[train]", "a[train:x]", "a[train:1,train:2]", "a[dev:3]", "a[test:-1]", "a[]b", "a[]")
+    for spec in (*counts, "a[name:]", "a[name:b,name:c]", "a[name:b c]"):
         with pytest.raises(ValueError, match=r"dataset spec .* write name\["):
             data.parse_spec(spec)
 
@@ -102,18 +121,19 @@ FORM_CASES = [
     ("text", {"text": "T", "prompt": "without a response"}, {"text": "T"}),
     ("text", {"text": "T", "draft": "D"}, {"messages": [], "response": "T", "draft": "D"}),
     ("history/response", {"history": USER, "response": "A"}, ANSWER),
-    ("history/response", {"history": USER, "response": "A", "source": "D"}, ANSWER | {"draft": "D"}),
+    ("history/response", {"history": USER, "response": "A", "source": "from where"}, ANSWER),
     ("history/response", {"history": [], "response": "A"}, ANSWER | {"messages": []}),
     ("messages", {"messages": [*USER, {"role": "assistant", "content": "A"}]}, ANSWER),
+    ("messages", {"messages": [*USER, {"role": "assistant", "content": "A"}], "source": "from where"}, ANSWER),
     ("prompt/response", {"prompt": "Q", "response": "A"}, ANSWER),
+    ("prompt/response", {"prompt": "Q", "response": "A", "source": "D"}, ANSWER | {"draft": "D"}),
     ("prompt/response", {"prompt": "Q", "response": "A", "draft": "", "source": "no"}, ANSWER | {"draft": ""}),
     ("prompt/response", {"prompt": "Q", "response": "A", "source": {"url": "provenance, not a draft"}}, ANSWER),
     ("question/answer", {"question": "Q", "answer": "A"}, ANSWER),
     ("instruction/input/output", {"instruction": "Q", "input": "", "output": "A", "text": "all of it"}, ANSWER),
     ("instruction/input/output", {"instruction": "Q", "input": None, "output": "A"}, ANSWER),
     (
-        "instruction/input/output",
-        {"instruction": "Q", "input": "I", "output": "A"},
+        "instruction/input/output", {"instruction": "Q", "input": "I", "output": "A"},
         ANSWER | {"messages": [{"role": "user", "content": "Q\n\nI"}]},
     ),
 ]
@@ -122,7 +142,7 @@ FORM_CASES = [
 @pytest.mark.parametrize(("form", "record", "normal"), FORM_CASES)
 def test_every_record_form(form, record, normal, tmp_path):
     path = jsonl(tmp_path / "data.jsonl", [record])
-    assert data.detect_form(record) == form
+    assert data.detect_form(record) == (form, data.FORMS[form])
     unit = "dialogues" if "messages" in normal else "documents"
     assert data.load_records(path) == ([normal], [], [f"{path}: 1 {unit} to train on, 0 held out"])
 
@@ -135,8 +155,28 @@ def test_the_form_of_a_record_depends_on_nothing_else(tmp_path):
 
 def test_a_text_field_can_be_named(tmp_path):
     path = jsonl(tmp_path / "data.jsonl", [{"Text": "T", "prompt": "Q", "response": "A", "text": "t"}])
-    assert data.load_records(path, text_field="Text")[0] == [{"text": "T"}]
+    assert data.load_records(path, named=("Text",))[0] == [{"text": "T"}]
     assert data.load_records(path)[0] == [ANSWER]
+
+
+def flags(text_field=None, prompt_field=None, response_field=None) -> tuple[str, ...]:
+    return data.named_fields(SimpleNamespace(**locals()))
+
+
+def test_question_and_answer_fields_can_be_named(tmp_path):
+    record = {"problem": "Q", "solution": "A", "answer": "7", "text": "all of it", "draft": "D"}
+    path = jsonl(tmp_path / "data.jsonl", [record])
+    named = flags(prompt_field="problem", response_field="solution")
+    assert data.load_records(path, named=named)[0] == [ANSWER | {"draft": "D"}]
+    [other], _, _ = data.load_records(path, named=flags(prompt_field="problem", response_field="answer"))
+    assert other["response"] == "7"
+    assert data.read_prompts(path, flags(prompt_field="problem")) == [USER]
+    for field, wrong in (("response", flags(prompt_field="problem")), ("prompt", flags(response_field="solution"))):
+        with pytest.raises(ValueError, match=rf"data\.jsonl:1: field '{field}' must be text, found no such field"):
+            data.load_records(path, named=wrong)
+    with pytest.raises(ValueError, match="--text_field names a document"):
+        flags("text", "problem")
+    assert flags() == ()
 
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
@@ -395,22 +435,24 @@ def test_held_out_files_and_texts(tmp_path):
 def test_dialogues_become_prompt_and_response(bpe):
     record = {"messages": DIALOGUE, "response": "12 bottles", "draft": "13 beer"}
     [example] = data.encode([record], bpe, max_length=200).examples
-    assert bpe.decode(example.prompt, skip_special=False) == bpe.chat(DIALOGUE)
+    assert bpe.decode(example.prompt, skip_special=False) == bpe.write_chats([DIALOGUE])[0]
     assert bpe.decode(example.response, skip_special=False) == "12 bottles<|im_end|>"
     assert bpe.decode(example.draft, skip_special=False) == "13 beer<|im_end|>"
-    assert example.prompt == data.encode_prompt(DIALOGUE, bpe)
-    [raw] = data.encode([record], bpe, max_length=200, chat_template=False, insert_eos=False).examples
+    assert example.prompt == data.encode_prompts([DIALOGUE], bpe)[0]
+    without = Tokenizer(bpe.backend, bpe.config, bpe.chat_template)
+    without.configure(chat_template=False)
+    [raw] = data.encode([record], without, max_length=200, insert_eos=False).examples
     text = 'Be brief.\nHow many bottles?\n\n 12 \nUnd "größer"?'
     assert bpe.decode(raw.prompt, skip_special=False) == "<|bos|>" + text
     assert bpe.decode(raw.response, skip_special=False) == "12 bottles"
-    assert data.encode_prompt([], bpe) == [bpe.bos_id]
+    assert data.encode_prompts([[]], bpe)[0] == [bpe.bos_id]
 
 
 def test_too_long_samples_are_left_out_and_their_lengths_kept(bpe):
     def sample(n, draft=None):
         return {"messages": USER, "response": "1" * n, "draft": draft}
 
-    prompt = len(data.encode_prompt(USER, bpe))
+    prompt = len(data.encode_prompts([USER], bpe)[0])
     records = [sample(n) for n in (1, 9, 10, 50)] + [sample(1, draft="1" * 10)]
     kept = data.encode(records, bpe, max_length=prompt + 10)
     assert ([len(e.response) for e in kept.examples], len(kept)) == ([2, 10], 2)
@@ -471,6 +513,8 @@ def test_pad_response():
     example = Example([1], [5, 6, 7])
     assert data.pad_response(example, 4, 0).response == [5, 6, 7, 0]
     assert data.pad_response(example, 3, 0) == example
+    for pad_len, pads in ((4, 1), (3, 3), (1, 1)):
+        assert data.pad_response(example, pad_len, 0, at_least_one=True).response == [5, 6, 7] + [0] * pads
     assert data.pad_response(example, 8, 0, max_length=6).response == [5, 6, 7, 0, 0]
     assert example.response == [5, 6, 7]
 
@@ -537,6 +581,6 @@ def test_a_seed_gives_the_examples_and_batches_that_it_always_gave(tmp_path, mon
     for epoch in range(2):
         examples = [data.pad_response(e, 16, tokenizer.pad_id, max_length=40) for e in dataset.epoch(7, epoch)]
         rows = [row for batch in data.batches(data.pack(examples, 64), 4, 7, epoch) for row in batch]
-        seen += [[dataclasses.astuple(e) for batch in data.batches(examples, 6, 7, epoch) for e in batch]]
-        seen += [[dataclasses.astuple(e) for row in rows for e in row]]
+        seen += [[dataclasses.astuple(e)[:3] for batch in data.batches(examples, 6, 7, epoch) for e in batch]]
+        seen += [[dataclasses.astuple(e)[:3] for row in rows for e in row]]
     assert hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16] == "592ed59d66f5f8c0"

@@ -130,11 +130,11 @@ def test_the_python_version_is_canonical(noisy, clean):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(pairs(), max_size=8), st.integers(1, 4))
-def test_a_batch_is_its_pairs(batch, threads):
+@given(st.lists(pairs(), max_size=8))
+def test_a_batch_is_its_pairs(batch):
     noisy, clean = [x for x, _ in batch], [y for _, y in batch]
-    assert [s.tolist() for s in edit_scripts(noisy, clean, threads)] == [edit_script(x, y).tolist() for x, y in batch]
-    labels = edit_labels_batch(noisy, clean, DEL_ID, EOS_ID, threads=threads)
+    assert [s.tolist() for s in edit_scripts(noisy, clean)] == [edit_script(x, y).tolist() for x, y in batch]
+    labels = edit_labels_batch(noisy, clean, DEL_ID, EOS_ID)
     for (token_target, insert_target), (x, y) in zip(labels, batch, strict=True):
         alone = edit_labels(x, y, DEL_ID, EOS_ID)
         assert (token_target.tolist(), insert_target.tolist()) == (alone[0].tolist(), alone[1].tolist())
@@ -271,15 +271,15 @@ def test_bad_sequences(bad):
 def test_bad_sequences_are_named():
     with pytest.raises(TypeError, match=r"^noisy: sequences must be .* of integers, found 1-D and float64"):
         edit_script(np.array([1.5]), [1])
-    with pytest.raises(ValueError, match=r"^clean: token ids must fit in int32, found 1 to 2147483648"):
+    with pytest.raises(ValueError, match=r"^clean: token ids must fit in int32"):
         edit_script([1], [1, 2**31])
+    with pytest.raises(ValueError, match=r"^noisy: token ids must fit in int32"):
+        edit_script(np.array([1, -(2**31) - 1]), [1])
 
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="2 noisy sequences, but 1 clean"):
         edit_scripts([[1], [2]], [[1]])
-    with pytest.raises(ValueError, match="greater than 0"):
-        edit_scripts([[1]], [[1]], threads=0)
 
 
 def test_out_of_memory_is_an_exception(tmp_path):
@@ -320,7 +320,7 @@ def test_the_fallback_is_the_same_everywhere(monkeypatch):
     clean = [random_tokens(rng, 19 - n, 4) for n in range(20)]
     fast = edit_scripts(noisy, clean), edit_labels_batch(noisy, clean, DEL_ID, EOS_ID)
     monkeypatch.setattr(edit_distance, "_compiled", None)
-    slow = edit_scripts(noisy, clean, threads=2), edit_labels_batch(noisy, clean, DEL_ID, EOS_ID, threads=2)
+    slow = edit_scripts(noisy, clean), edit_labels_batch(noisy, clean, DEL_ID, EOS_ID)
     np.testing.assert_equal(slow, fast)
 
 

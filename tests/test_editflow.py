@@ -196,7 +196,7 @@ SEQUENCE = st.tuples(PROMPTS, TEXT, TEXT, st.sampled_from([0.0, 1.0]) | st.float
 def test_path_draws_an_enumerated_state_whose_remaining_edits_give_x1(batch, seed):
     prompts, x0, x1, t, suffixes = (list(z) for z in zip(*batch))
     times, linear = torch.tensor(t, dtype=torch.float64), parse_schedule("linear")
-    got = path(prompts, x0, x1, times, linear, seeded(seed), suffixes=suffixes)
+    got = path(prompts, x0, x1, times, linear, seeded(seed), suffixes=suffixes, normalize="length")
     assert got.norm.tolist() == [max(1, len(s)) for s in x1]
     torch.testing.assert_close(got.s, 1 - torch.tensor(t, dtype=torch.float32))
     torch.testing.assert_close(got.w, linear.weight(times).float())
@@ -758,3 +758,39 @@ def test_insertions_stop_where_the_positions_end(rows, limit):
 def test_a_text_never_outgrows_the_model():
     sampled = sample(Scripted(ins=3.0), [[BOS, 1], [BOS]], x0=[[], [1] * 4], steps=30, max_length=12)
     assert [len(s.response) for s in sampled] == [10, 11]
+
+
+class Fixed(nn.Module):
+    """The same rates everywhere and at all times, and no opinion on tokens."""
+
+    has_clock = False
+
+    def __init__(self, sub: float, delete: float, ins: float):
+        super().__init__()
+        self.rates = nn.Parameter(torch.tensor([sub, delete, ins]))
+        self.sub_logits = self.ins_logits = lambda hidden: torch.zeros(len(hidden), V)
+
+    def forward(self, x):
+        return torch.zeros(len(x.ids), 1)
+
+    def at(self, h, s):
+        return h
+
+    def log_rates(self, h, s):
+        return self.rates.log().expand(len(h), 3)
+
+
+def test_a_token_and_the_one_inserted_behind_it_are_drawn_independently():
+    n = 4000
+    schedule = editflow.parse_schedule("linear")
+    (text,) = editflow.sample(Fixed(1.0, 0.0, 1.0), [[BOS]], [[1] * n], schedule=schedule, steps=1)
+    pairs = list(zip(text.response[1::2], text.response[2::2]))  # the first was inserted behind the prompt
+    assert len(pairs) == n
+    equal = sum(a == b for a, b in pairs)
+    assert abs(equal - n / V) < 4 * math.sqrt(n / V)
+
+
+def test_only_insertions_are_left_over():
+    schedule = editflow.parse_schedule("linear")
+    (text,) = editflow.sample(Fixed(0.5, 0.25, 2.5), [[BOS, 1]], [[1, 2, 3]], schedule=schedule, steps=2)
+    assert text.details["left_over"] == pytest.approx(2.5 * (len(text.response) + 1))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 import evaluate
 import toy
 from plumbing import checkpoints
+from plumbing.tokenizer import train_tokenizer
 from ragged import Generated
 
 PROMPT = 'def double(x):\n    """Twice x.\n    >>> double(2)\n    4\n    """\n'
@@ -37,11 +39,15 @@ RECORDS = {
 }
 
 
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 @pytest.fixture
 def files(tmp_path) -> dict[str, str]:
     paths = {}
     for name, records in RECORDS.items():
-        path = tmp_path / evaluate.TASKS[name].file
+        path = tmp_path / evaluate.TASKS[name].files[0]
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
         paths[name] = str(path)
     return paths
@@ -118,17 +124,43 @@ def test_code_returns_what_was_fenced(lines, prose, tag):
     assert evaluate.code(program) == expected
 
 
-@pytest.mark.parametrize("demo", ["assert f(1) == 2", "print(f(1))", "check(f)", "if __name__ == '__main__':\n    f()"])
-def test_code_leaves_demonstrations_out(demo):
-    program = "def f(x):\n    assert x\n    return x\n"
+DEMONSTRATIONS = [
+    "assert f(1) == 2", "print(f(1))", "print (f(1, 2))", "check(f)", "if __name__ == '__main__':\n    f()",
+    "if True:\n    raise ValueError", "if(f(1)):\n    exit()",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("demo", DEMONSTRATIONS)
+def test_code_leaves_demonstrations_out_behind_the_function(demo):
+    program = "import sys\nif sys:\n    y = 1\ndef f(x):\n    assert x\n    if x:\n        print (x)\n    return x\n"
     assert evaluate.code(f"```\n{program}\n{demo}\nrest\n```") == program
+    assert evaluate.code(f"    return x\n\n{demo}") == "    return x\n"
+
+
+@pytest.mark.parametrize(
+    ("response", "program"),
+    [
+        ("Here:\n```python\ndef f():\n    pass\n```\nDone.", "def f():\n    pass\n"),
+        ("```\na = 1\n```\n```\nb = 2\n```", "a = 1\n"),
+        ("first line\na = 1", "a = 1\n"),
+        ("```python\nimport os\nif os:\n    pass\ndef f(): pass\n```", "import os\n"),
+        ("```python\na = 1\nprinter = 2\n```", "a = 1\n"),
+        ("```python\na = 1\n# Tests\nb = 2", "a = 1\n"),
+        ("```python\na = 1\nchecker()\nb = 2", "a = 1\n"),
+    ],
+)
+def test_published_code_ends_at_the_published_stops(response, program):
+    assert evaluate.published_code(response) == program
 
 
 # -------------------------------------------------------------------------------------------------------- verdicts
 
 
-def right(task: str, record: dict, response: str) -> bool:
-    return evaluate.TASKS[task].check(record, response)["right"]
+def right(task: str, record: dict, response: str, by: str = "right") -> bool:
+    return evaluate.TASKS[task].check(record, response)[by]
+
+
+published = partial(right, by=evaluate.PUBLISHED)
 
 
 def test_gsm8k_and_math_verdicts():
@@ -142,6 +174,60 @@ def test_gsm8k_and_math_verdicts():
         assert right("math500", record, f"So it is \\boxed{{{answer}}}."), answer
     for response in ("\\frac{1}{2}", "\\boxed{2}", "\\boxed{}", "\\boxed{\\frac{", "\\boxed{\\text{half}}", ""):
         assert not right("math500", record, response), response
+
+
+EQUAL = {  # reference: answer
+    "50\\%": "50", "50": "50\\%", "25%": "25", "90^\\circ": "90", "90": "90^{\\circ}", "x=5": "5", "5": "x = 5",
+    "\\$32": "32", "\\left( 3, \\frac{\\pi}{2} \\right)": "(3,\\frac{\\pi}{2})", "10\\text{ cm}": "10",
+    "\\text{Evelyn}": "\\text{Evelyn}", "y = 2x + 3": "2x+3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("reference", "answer"), EQUAL.items())
+def test_what_does_not_change_an_answer_of_math(reference, answer):
+    record = {"answer": reference}
+    assert right("math500", record, f"\\boxed{{{answer}}}")
+    assert not right("math500", record, f"\\boxed{{{answer} + 1}}")
+    assert not right("math500", record, "\\boxed{}")
+
+
+def test_the_published_verdicts_are_stricter():
+    record = RECORDS["gsm8k"][3]
+    for response in ("\\boxed{4}", "\\boxed{\\$4.00}", "so \\boxed{x = 4}"):
+        assert published("gsm8k", record, response), response
+    for response in ("#### 4", "The answer is 4.", "\\boxed{3 + 1 = 4}", "\\boxed{5}", ""):
+        assert not published("gsm8k", record, response), response
+    answers = {"\\frac{1}{2}": (["0.5", "\\dfrac12", "1/2"], ["2/4", "\\frac{2}{4}"]), "4": (["4.0"], ["2^2", "8/2"])}
+    for reference, (strict, lenient) in answers.items():
+        for answer in strict + lenient:
+            record, response = {"answer": reference}, f"\\boxed{{{answer}}}"
+            assert right("math500", record, response), answer
+            assert published("math500", record, response) == (answer in strict), answer
+    record, body = RECORDS["humaneval"][1], "    return 2 * x\n"
+    for response, holds in ((f"```python\n{PROMPT}{body}```", True), (body, False), (f"Sure:\n{body}", True)):
+        assert published("humaneval", record, response) == holds, response
+        assert right("humaneval", record, response) == (not response.startswith("Sure")), response
+
+
+def test_the_tests_have_the_helpers_of_the_prompt_and_not_those_of_the_response():
+    prompt = "def twice(x):\n    return 2 * x\n\ndef half(x):\n    'Undo twice.'\n"
+    test = "def check(candidate):\n    for x in range(5):\n        assert candidate(twice(x)) == x\n"
+    record = {"prompt": prompt, "entry_point": "half", "test": test}
+    assert right("humaneval", record, "    return x // 2\n")
+    assert not right("humaneval", record, "```\ndef twice(x):\n    return x\ndef half(x):\n    return x\n```")
+
+
+def test_mbpp_finds_the_function_whatever_it_is_called():
+    for asserts, response in (
+        (["assert sum(10, 15) == 6"], "def sum(a, b):\n    return 6"),
+        (["assert set(f((3, 4))) == set((4, 3))"], "def set(x):\n    return 1\ndef f(x):\n    return [4, 3]"),
+        (["assert math.isclose(area(1), 3.14159, rel_tol=0.001)"], "import math\ndef area(r):\n    return math.pi * r"),
+        (["assert (find(1))==(1)", "assert not find(0)"], "def find(x):\n    return x"),
+    ):
+        record = {"prompt": "", "test_list": asserts}
+        assert right("mbpp", record, f"```\n{response}\n```"), asserts
+    forged = "def set(x):\n    return 1\ndef f(x):\n    return [5]"
+    assert not right("mbpp", {"prompt": "", "test_list": ["assert set(f(3)) == set((4, 3))"]}, forged)
 
 
 def test_humaneval_verdict_for_every_way_to_answer():
@@ -172,11 +258,8 @@ def test_mbpp_verdict_uses_the_asserts_of_the_record():
 def test_toy_verdicts():
     record = toy.records("test", 1, 0)[0]
     number = record["response"].rpartition("#### ")[2]
-    for response, is_right, is_valid in (
-        (record["response"], True, True),
-        (f"gibberish #### {number}", True, False),
-        ("", False, False),
-    ):
+    answers = {record["response"]: (True, True), f"gibberish #### {number}": (True, False), "": (False, False)}
+    for response, (is_right, is_valid) in answers.items():
         assert evaluate.TASKS["toy"].check(record, response) == {"right": is_right, "valid": is_valid}
 
 
@@ -206,6 +289,16 @@ def test_the_system_prompt_can_be_replaced_and_left_out_and_a_folder_gives_its_t
     assert len(replaced) == 7
     assert replaced[0].messages[0]["content"] == "Be brief."
     assert [m["role"] for m in evaluate.load_samples("gsm8k", str(folder), 1, 0, "")[0].messages] == ["user"]
+
+
+def test_fields_of_question_and_answer_can_be_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"task": "2 + 2?", "solution": "4", "question": "no", "answer": "no"}')
+    [sample] = evaluate.load_samples("gsm8k", str(path), None, 0, "", ("task", "solution"))
+    assert sample.messages == [{"role": "user", "content": "2 + 2?"}]
+    assert evaluate.gsm8k_check(sample.record, "4")["right"]
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: needs text in field 'nowhere'; --prompt_field and"):
+        evaluate.load_samples("gsm8k", str(path), None, 0, "", ("nowhere", None))
 
 
 @pytest.mark.parametrize(
@@ -270,11 +363,8 @@ class StandIn:
 
 
 def numbered_samples(n: int):
-    records = [{"question": "q", "answer": f"#### {i + 1}"} for i in range(n)]
-    return [
-        evaluate.Sample(f"Gsm8k/{i}", record, [{"role": "user", "content": "q"}], seed=i, key=str(i))
-        for i, record in enumerate(records)
-    ]
+    asked = [{"role": "user", "content": "q"}]
+    return [evaluate.Sample(f"Gsm8k/{i}", {"answer": f"#### {i + 1}"}, asked, seed=i, key=str(i)) for i in range(n)]
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -300,7 +390,7 @@ def test_every_sample_is_answered_once_however_often_the_run_is_killed(tmp_path_
     rows, expected = (evaluate.judge("gsm8k", samples, folder) for folder in (out, whole))
     assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in expected]
     assert [row["id"] for row in rows] == [sample.id for sample in samples]
-    assert [json.loads(line) for line in (out / "gsm8k.jsonl").read_text().splitlines()] == rows
+    assert lines(out / "gsm8k.jsonl") == rows
 
 
 def test_a_last_line_without_its_newline_is_answered_again(tmp_path):
@@ -334,7 +424,7 @@ def test_code_is_judged_only_when_allowed_and_then_without_generating_again(tmp_
     evaluate.answer_samples("humaneval", samples, generate, tmp_path)
     rows = evaluate.judge("humaneval", samples, tmp_path)
     assert rows[0]["verdicts"] == evaluate.summarise(rows)["verdicts"] == {}
-    solutions = [json.loads(line) for line in (tmp_path / "evalplus_humaneval_response.jsonl").read_text().splitlines()]
+    solutions = lines(tmp_path / "evalplus_humaneval_response.jsonl")
     assert [s["task_id"] for s in solutions] == ["HumanEval/0", "HumanEval/1", "HumanEval/2"]
     assert {s["solution"] for s in solutions} == {PROMPT + "    return x + x\n"}
     assert len((tmp_path / "evalplus_humaneval_draft.jsonl").read_text().splitlines()) == 3
@@ -350,8 +440,7 @@ def test_code_is_judged_only_when_allowed_and_then_without_generating_again(tmp_
 
 
 def row(draft, right, edit_passes=2, tokens=10):
-    verdicts = {"draft right": draft, "response right": right}
-    passes = {"mask_passes": 4, "edit_passes": edit_passes}
+    verdicts, passes = {"draft right": draft, "response right": right}, {"mask_passes": 4, "edit_passes": edit_passes}
     return {"verdicts": verdicts, "passes": passes, "seconds": 0.5, "tokens": tokens}
 
 
@@ -367,8 +456,7 @@ def test_summary_arithmetic():
 
 
 def test_a_verdict_counts_where_there_is_something_to_judge():
-    without_draft = row(False, True)
-    del without_draft["verdicts"]["draft right"]
+    without_draft = row(False, True) | {"verdicts": {"response right": True}}
     found = evaluate.summarise([without_draft, row(True, True)])["verdicts"]["draft right"]
     assert found == {"percent": 100, "standard_error": 0}
 
@@ -400,11 +488,14 @@ def test_main_from_files_to_summary(standing_in, files, tmp_path, capsys):
     assert (result["n"], result["verdicts"]["response right"]["percent"]) == (5, 40)
     assert summary["args"]["data"]["gsm8k"] == files["gsm8k"]
     assert "####" in result["judge"]
-    assert summary["settings"] == {"gsm8k": {"order": "confidence"}}
+    assert summary["settings"] == {"gsm8k": {"order": None}}
     assert re.sub(r" \S+ tokens/s", "", capsys.readouterr().out).splitlines() == [
         "gsm8k, 5 samples:   4.0 mask passes   2.0 edit passes  ",
-        "    draft right      40.0 ± 21.9 %",
-        "    response right   40.0 ± 21.9 %",
+        "    draft right            40.0 ± 21.9 %",
+        "    draft as published      0.0 ± 0.0 %",
+        "    response right         40.0 ± 21.9 %",
+        "    response as published   0.0 ± 0.0 %",
+        f"answers, verdicts and summary written to {tmp_path}/out",
     ]
 
     more, _ = standing_in("--task", "gsm8k", "--data", f"gsm8k={files['gsm8k']}", "--batch_size", "8")
@@ -439,7 +530,7 @@ def test_evalplus_is_asked_where_it_is_installed(standing_in, files, tmp_path, m
     [
         (["--task", "gsm8k", "--data_dir", "nowhere"], "nowhere/gsm8k_test.jsonl: no such file"),
         (["--task", "gsm8k", "--data", "gsm8k=nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["--task", "toy", "--output_dir", "/proc/nowhere"], "/proc/nowhere/toy.rank0.jsonl: cannot be written"),
+        (["--task", "toy", "--output_dir", "/proc/nowhere"], "--output_dir /proc/nowhere: cannot be written"),
         (["--task", "toy", "--path", "/nowhere"], "/nowhere: no such directory"),
     ],
 )
@@ -450,11 +541,113 @@ def test_errors_are_one_line_and_come_before_the_model(flags, message, tmp_path,
     assert "\n" not in str(caught.value)
 
 
+def test_the_published_folder_of_data(standing_in, tmp_path, capsys):
+    """Its GSM8K has bare answers, its HumanEval no tests: evalplus has them."""
+    for name, record in (
+        ("math/gsm8k", {"question": "What is 0 + 1?", "solution": "#### 1", "answer": "1"}),
+        ("code/humaneval", {"task_id": "HumanEval/0", "prompt": PROMPT}),
+    ):
+        file = tmp_path / "data" / f"{name}.jsonl"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(record) + "\n")
+    flags = ("--data_dir", str(tmp_path / "data"), "--task", "gsm8k", "humaneval", "--allow_code_execution")
+    tasks = standing_in(*flags)[1]["tasks"]
+    assert tasks["gsm8k"]["verdicts"]["response right"]["percent"] == 100
+    assert tasks["humaneval"]["verdicts"] == {}
+    assert "evalplus has" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------ likelihood
+
+
+class Uniform:
+    """A method that gives every token 4 bits; its estimates are one bit off, to either side."""
+
+    TITLE, TOKENS, seen = "Uniform", (), ()
+
+    def likelihood(self, model, examples, settings, rng):
+        self.seen = [*self.seen, *examples]
+        noise = 0 if hasattr(self, "EXACT") else torch.randint(0, 2, (len(examples),), generator=rng) * 2 - 1
+        bits = torch.tensor([4.0 * len(e.response) for e in examples], dtype=torch.float64)
+        return (bits + noise) * torch.tensor(2.0, dtype=torch.float64).log()
+
+
+@pytest.fixture
+def uniform(monkeypatch, tmp_path):
+    """`run(text, flags)` gives the summary of the task; a token is a byte."""
+    tokenizer = train_tokenizer([], 300)
+    model = checkpoints.new_model("editflow", "tiny", tokenizer.vocab_size)
+    method = Uniform()
+    monkeypatch.setattr(evaluate.checkpoints, "open_for_inference", lambda *a: (model, tokenizer))
+    monkeypatch.setattr(evaluate.methods, "of", lambda model: method)
+
+    def run(text: str, *flags, name="a=text.txt"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        flags = ["--data", str(tmp_path / name), "--output_dir", str(tmp_path / "out"), *flags]
+        evaluate.main(["--path", str(tmp_path), "--task", "likelihood", *flags])
+        return json.loads((tmp_path / "out/summary.json").read_text())["tasks"]["likelihood"]
+
+    run.method, run.tokenizer = method, tokenizer
+    return run
+
+
+def test_likelihood_of_a_text_in_bits_per_byte(uniform, capsys):
+    text = "Ä text of 1000 bytes, or so.\n" * 40
+    size = len(text.encode())
+    found = uniform(text, "--draws", "64", "--max_length", "11", "--batch_size", "7")
+    pieces = -(-(size + 1) // 10)
+    assert found["pieces"] == pieces == len(uniform.method.seen) / 64
+    assert (found["bytes"], found["left_out"], found["draws"]) == (size, 0, 64)
+    expected = 4 * (size + 1) / size  # the end of the text is a token, too
+    assert abs(found["bits_per_byte"] - expected) < 5 * found["standard_error"]
+    assert found["standard_error"] == pytest.approx(pieces**0.5 / size / 8, rel=0.4)
+    assert re.search(r"from 64 draws, at most 4\.00\d\d ± 0\.00\d\d bits per byte", capsys.readouterr().out)
+    uniform.method.EXACT = True
+    found = uniform(text)
+    assert (found["bits_per_byte"], found["standard_error"], found["draws"]) == (pytest.approx(expected), 0, 1)
+    assert "exactly 4.0" in capsys.readouterr().out
+
+
+def test_likelihood_of_records_is_that_of_their_responses(uniform):
+    records = [{"prompt": "Ann", "response": "abcd"}, {"prompt": "Ben", "response": "x" * 400}, {"text": "abc"}]
+    uniform.method.EXACT = True
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    found = uniform(text, "--max_length", "256", name="records.jsonl")
+    assert (found["bytes"], found["pieces"], found["left_out"]) == (7, 2, 1)
+    assert found["bits_per_byte"] == pytest.approx(4 * (5 + 4) / 7)
+    assert uniform(text, "--limit", "1", name="records.jsonl")["bytes"] == 4
+    assert [uniform.tokenizer.decode(e.response) for e in uniform.method.seen] == ["abcd", "abc", "abcd"]
+
+
+def test_likelihood_names_what_is_wrong(uniform, monkeypatch, tmp_path):
+    for text in ("", " \n"):
+        with pytest.raises(ValueError, match=r"a=text.txt: no record in it"):
+            uniform(text)
+    with pytest.raises(ValueError, match=r"b.jsonl:1: .*'text'"):
+        uniform('{"text": 1}', name="b.jsonl")
+    with pytest.raises(ValueError, match="no record fits into 8 tokens; raise --max_length"):
+        uniform('{"prompt": "Ann", "response": "123456789"}', "--max_length", "8", name="b.jsonl")
+    monkeypatch.setattr(evaluate.methods, "of", lambda model: SimpleNamespace(TITLE="Edit"))
+    with pytest.raises(ValueError, match="--task likelihood: Edit"):
+        uniform("text")
+    monkeypatch.setattr(evaluate.methods, "of", lambda model: uniform.method)
+    monkeypatch.setattr(uniform.tokenizer, "decode", lambda ids: "I go homf.")
+    with pytest.raises(ValueError, match=r"c.txt: .* give the text back, from 'e\.' on"):
+        uniform("I go home.", name="c.txt")
+
+
+@pytest.mark.parametrize("tasks", ["likelihood", "likelihood gsm8k --data likelihood=x"])
+def test_likelihood_stands_alone_and_needs_a_file(tasks, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--path", "p", "--task", *tasks.split()])
+    assert "--task likelihood stands alone and needs --data FILE" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("data", ["gsm8k", "gsm8k=", "sudoku=x", "mbpp=x", "toy=x", "gsm8k=x gsm8k=y"])
 def test_data_goes_to_a_task_that_reads_it(data, capsys):
     with pytest.raises(SystemExit):
         evaluate.main(["--path", "p", "--task", "gsm8k", "toy", "--data", *data.split()])
-    assert "--data" in capsys.readouterr().err
+    assert f"--data {data}: expected TASK=PATH" in capsys.readouterr().err
 
 
 def test_a_missing_judge_is_found_before_the_model(monkeypatch, files, tmp_path):
@@ -466,7 +659,7 @@ def test_a_missing_judge_is_found_before_the_model(monkeypatch, files, tmp_path)
 def test_any_method_is_asked_in_the_same_way(monkeypatch):
     """A method's counts of passes bear its own names; what its answers depend on includes what the task says."""
 
-    def generate(model, prompts, settings, seeds, drafts=None):
+    def generate(model, prompts, settings, seeds, drafts=None, suffixes=None):
         texts = [ids[1:] for ids in prompts]
         return [Generated(ids, ids, {"leaps": seed}, draft=ids[:1]) for ids, seed in zip(texts, seeds)]
 
@@ -492,7 +685,7 @@ def test_real_models_of_both_methods(method, tmp_path, capsys):
     tokenizer.save(tmp_path / "model")
     flags = ["--path", str(tmp_path / "model"), "--task", "toy", "--limit", "2", "--output_dir", str(tmp_path / "out")]
     evaluate.main([*flags, "-m", "2", "-e", "2", "--init_num", "4", "--tau", "0.5", "--show_answers", "1"])
-    rows = [json.loads(line) for line in (tmp_path / "out" / "toy.jsonl").read_text().splitlines()]
+    rows = lines(tmp_path / "out/toy.jsonl")
     assert len(rows) == 2
     for line in rows:
         assert line["prompt"] in toy.prompts("test")
@@ -500,6 +693,8 @@ def test_real_models_of_both_methods(method, tmp_path, capsys):
         assert line["passes"]["mask_passes" if method == "medlm" else "steps"] == 2
     out = capsys.readouterr().out
     assert f"{rows[0]['prompt']}  ->  {rows[0]['response']}" in out
+    assert f"\n    {toy.explain(rows[0]['prompt'], rows[0]['response'])}\n" in out
+    assert out.endswith(f"written to {tmp_path}/out\n")
     assert ("draft right" in out) == ("mask passes" in out) == (method == "medlm")
     with pytest.raises(ValueError, match=r"question Toy/0"):
         evaluate.main([*flags, "--system_prompt", "Ann " * 5000])
@@ -513,7 +708,7 @@ def test_repairs_start_from_the_corrupted_responses_and_both_are_judged(tmp_path
     tokenizer.save(tmp_path / "model")
     flags = ["--path", str(tmp_path / "model"), "--task", "toy-repair", "--limit", "20", "--steps", "2"]
     evaluate.main([*flags, "--output_dir", str(tmp_path / "out")])
-    rows = [json.loads(line) for line in (tmp_path / "out/toy-repair.jsonl").read_text().splitlines()]
+    rows = lines(tmp_path / "out/toy-repair.jsonl")
     assert [row["response"] for row in rows] == [row["draft"] for row in rows]
     assert [row["verdicts"]["response valid"] for row in rows] == [row["verdicts"]["draft valid"] for row in rows]
     assert not all(row["verdicts"]["draft valid"] for row in rows)

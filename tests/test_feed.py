@@ -52,11 +52,13 @@ def jsonl(path, texts):
 
 
 def corpus(spec, hold_out=0, seed=1, skip=False):
-    return feed.Corpus(str(spec), seed, hold_out, None, skip)
+    return feed.Corpus(str(spec), seed, hold_out, (), skip)
 
 
 class Plain(feed.StreamedFeed):
     """Micro-batches of three texts: all of a stream but the tokenizer."""
+
+    digest = "of the records"
 
     def __init__(self, corpus, rank=0, world=1, group=1, stored=None, step=0):
         self.ranks = SimpleNamespace(rank=rank, world=world, gather=lambda part: [part])
@@ -265,7 +267,7 @@ class Server:
 def little_patience(monkeypatch):
     monkeypatch.setattr(feed, "WAITS", (0, 0.01, 0.02, 0.02, 0.02, 0.02))
     yield
-    feed.stop_requested.clear()
+    feed.StopSignal.requested = False
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "parquet"])
@@ -294,7 +296,7 @@ def test_a_fault_that_lasts_and_requests_that_cannot_succeed(tmp_path):
 
 def test_a_stop_request_ends_the_waiting(tmp_path, monkeypatch):
     monkeypatch.setattr(feed, "WAITS", (0, 3600))
-    with Server(tmp_path, lambda path: feed.stop_requested.set() or "503") as server:
+    with Server(tmp_path, lambda path: setattr(feed.StopSignal, "requested", True) or "503") as server:
         with pytest.raises(OSError, match=r"a.jsonl: interrupted"):
             corpus(f"{server.url}/a.jsonl")
         assert len(server.asked) == 1
@@ -454,7 +456,43 @@ def test_a_corpus_that_is_too_small_or_has_changed(tmp_path):
 
 
 def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(feed, "LONGEST_LINE", 100)
+    monkeypatch.setattr(data, "LONGEST_LINE", 100)
     file = jsonl(tmp_path / "a.jsonl", ["short", "long " * 40])
     with pytest.raises(ValueError, match=r"byte 18: a line of more than"):
         an_epoch(corpus(file), 1)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "txt", "txt.gz", "csv", "csv.gz"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_line_has_a_limit_in_memory_too_and_however_small_it_is_packed(kind, stream, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LONGEST_LINE", 1 << 20)
+    file, content = tmp_path / f"a.{kind}", b'text\n{"text": "one"}\n' + b" " * (1 << 21)
+    file.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+    with pytest.raises(ValueError, match=rf"{file}.*a line of more than 1 MB"):
+        list(feed.read_piece(file)) if stream else data.load_records(str(file), skip_bad_records=True)
+
+
+@pytest.mark.parametrize("kind", ["json.gz", "parquet.gz", "json"])
+def test_what_is_read_in_one_piece_has_a_limit(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LARGEST_FILE", 2)
+    file = tmp_path / f"a.{kind}"
+    for size, refused in ((1 << 20, False), (3 << 20, True)):
+        content = b'[{"text": "one"}]' + b" " * size
+        file.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+        if "json" in kind and not refused:
+            assert len(list(data.read_file(file))) == 1
+    with pytest.raises(ValueError, match=rf"{file}: .*more than 2 MB in one piece"):
+        list(data.read_file(file))
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet.gz"])
+def test_where_memory_ends_the_file_is_named(kind, tmp_path, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    for name in ("decode", "read_whole"):
+        monkeypatch.setattr(data, name, full)
+    file = tmp_path / f"a.{kind}"
+    file.write_bytes(gzip.compress(b"{}") if kind.endswith("gz") else b"{}")
+    with pytest.raises(ValueError, match=rf"{file}: cannot be read \(MemoryError\)"):
+        list(data.read_file(file))

@@ -22,6 +22,7 @@ V = 64
 TOKENS = {"mask": 60, "pad": 61, "del": 62, "eos": 63}
 MASK, PAD, DELETE, EOS = TOKENS.values()
 LETTERS = st.integers(0, 3)
+NORMS = ["tokens", "samples", "bound"]
 
 
 def seeded(seed):
@@ -174,15 +175,15 @@ def slow_mask_loss(model, batch, t, examples, norm):
                 ce[1].append(-model.next_token_head(hidden[i - 1]).log_softmax(-1)[token])
         start += len(row)
         length = len(examples[b].response)
-        counted += bool(ce[0]) if norm == "tokens" else length > 0
+        counted += {"tokens": len(ce[0]), "samples": bool(ce[0]), "bound": length > 0}[norm]
         if ce[0]:
-            scale = t[b] * (len(ce[0]) if norm == "tokens" else length)
+            scale = t[b] * {"tokens": 1, "samples": len(ce[0]), "bound": length}[norm]
             lm.append(sum(ce[0]) / scale)
             following.append(sum(ce[1]) / scale)
     return (sum(lm) / counted, sum(following) / counted) if lm else (torch.tensor(0.0), torch.tensor(0.0))
 
 
-@pytest.mark.parametrize("norm", ["tokens", "bound"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_mask_loss_equals_the_slow_version(norm):
     for seed in range(12):
         model, examples = Tiny(seed), random_examples(seed)
@@ -198,7 +199,7 @@ def test_mask_loss_equals_the_slow_version(norm):
                 assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["tokens", "bound"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("t", [0.0, 1.0])
 def test_no_nan_with_nothing_or_everything_masked(norm, t, monkeypatch):
     monkeypatch.setattr(medlm, "stratified", lambda n, low, high, generator: torch.full((n,), t))
@@ -212,7 +213,7 @@ def test_no_nan_with_nothing_or_everything_masked(norm, t, monkeypatch):
     assert t == 1.0 or loss == 0
 
 
-@pytest.mark.parametrize("norm", ["tokens", "bound"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_no_nan_when_all_responses_are_empty(norm):
     assert medlm.loss(Tiny(), mask_batch([example([1, 2], [])], 0, norm=norm)[0])[0] == 0
 
@@ -278,6 +279,52 @@ def test_bound_is_the_mean_over_orders_of_the_nll_and_an_upper_bound_of_the_exac
     assert total == pytest.approx(1, rel=1e-5)  # what is bounded is the likelihood of a proper distribution
 
 
+def any_order(model, prompt, text, mask_id, suffix=()):
+    """-log p(text | prompt, suffix, order) for every order in which the tokens may be revealed."""
+    nlls = []
+    for order in itertools.permutations(range(len(text))):
+        hidden = [[mask_id if i in order[s:] else t for i, t in enumerate(text)] for s in range(len(text))]
+        hidden = [[*prompt, *row, *suffix] for row in hidden]
+        rows = [model.lm_head(model(Ragged.pack([row])))[len(prompt) + order[s]] for s, row in enumerate(hidden)]
+        nlls.append(-sum(float(row.double().log_softmax(-1)[text[i]]) for row, i in zip(rows, order)))
+    return nlls
+
+
+@torch.no_grad()
+def test_the_likelihood_estimate_has_the_any_order_bound_as_its_expectation(monkeypatch):
+    """By enumeration: every number of masks k, and every subset of that size, is equally likely."""
+    model, settings, total = Table(1), SimpleNamespace(tokens={"mask": 9}), 0.0
+    for text in itertools.product([0, 1], repeat=3):
+        for suffix in ([], [1]):  # read, and not counted
+            e, estimates = example([1], list(text), suffix), []
+            for k in (1, 2, 3):
+                monkeypatch.setattr(medlm, "stratified", lambda *_, k=k: torch.tensor([(k - 0.5) / 3]))
+                subsets = []
+                for masked in itertools.combinations(range(3), k):
+                    scores = torch.tensor([float(i in masked) for i in range(3)])
+                    monkeypatch.setattr(torch, "rand", lambda *_, scores=scores, **options: scores)
+                    subsets.append(float(medlm.likelihood(model, [e], settings, seeded(0))))
+                estimates.append(np.mean(subsets))
+            orders = any_order(model, [1], list(text), 9, suffix)
+            assert np.mean(estimates) == pytest.approx(np.mean(orders), rel=1e-5)
+        exact = -math.log(np.mean(np.exp(-np.array(orders))))
+        assert np.mean(estimates) > exact
+        total += math.exp(-exact)
+    assert total == pytest.approx(1, rel=1e-5)
+
+
+@torch.no_grad()
+def test_likelihood_of_many_examples_is_unbiased_and_that_of_nothing_is_zero():
+    model, settings = Tiny(3), SimpleNamespace(tokens=TOKENS)
+    examples = [example([1], [4, 5, 6]), example([2, 3], [7], [8, EOS]), example([9], [])]
+    means = [np.mean(any_order(model, e.prompt, e.response, MASK, e.suffix)) for e in examples[:2]]
+    draws = torch.stack([medlm.likelihood(model, examples, settings, seeded(i)) for i in range(600)])
+    assert draws.dtype == torch.float64
+    error = 4 * draws.std(0) / math.sqrt(600) + 1e-6
+    assert ((draws.mean(0) - torch.tensor([*means, 0.0])).abs() <= error).all()
+    assert draws[:, 2].abs().max() == 0
+
+
 # ---------------------------------------------------------------------------------------------------- parts of a pass
 
 
@@ -302,14 +349,20 @@ def test_best_tokens_equal_a_full_softmax(monkeypatch, chunk):
         allowed = full.clone()
         never = allowed.argmax(1)[:2].tolist()
         allowed[:, never] = -torch.inf
-        token, sure = medlm.best_tokens(hidden, head, row, never)
+        token, sure, rank = medlm.best_tokens(hidden, head, row, never)
         assert token.tolist() == allowed.argmax(1).tolist()
         assert torch.allclose(sure, allowed.log_softmax(1).amax(1))
+        assert (rank == sure).all()
         rival = torch.arange(7)
-        token, sure = medlm.best_tokens(hidden, head, row, never, rival)
+        token, sure, _ = medlm.best_tokens(hidden, head, row, never, rival)
         assert torch.allclose(sure, allowed.amax(1) - full[torch.arange(7), rival])
-        token, sure = medlm.best_tokens(hidden, head, row[:0], never)
-        assert len(token) == len(sure) == 0
+        last = int(token[0])
+        token, sure, rank = medlm.best_tokens(hidden, head, row, never, last=last)
+        others = allowed.index_fill(1, torch.tensor([last]), -torch.inf).log_softmax(1)
+        assert torch.allclose(sure, allowed.log_softmax(1).amax(1))
+        assert torch.allclose(rank, others.gather(1, token[:, None])[:, 0])
+        assert rank[0] == -torch.inf
+        assert all(len(found) == 0 for found in medlm.best_tokens(hidden, head, row[:0], never))
 
 
 responses = st.lists(st.sampled_from([0, 1, PAD, EOS]), max_size=8)
@@ -326,9 +379,9 @@ def test_close_draft_cuts_at_the_first_eos_drops_pads_and_ends_with_one_eos(case
     expected = [[t for t in itertools.takewhile(lambda t: t != EOS, r) if t != PAD] for _, r in cases]
     assert closed.unpack() == [p + e + [EOS] for (p, _), e in zip(cases, expected)]
     assert medlm.contents(closed) == expected
-    text, gaps = medlm.text_and_gaps(closed)
-    assert closed.ids[text].tolist() == list(itertools.chain(*expected))
-    assert closed.ids[gaps].tolist() == list(itertools.chain(*([p[-1], *e] for (p, _), e in zip(cases, expected))))
+    assert closed.ids[closed.frozen == FREE].tolist() == list(itertools.chain(*expected))
+    extensible = itertools.chain(*([p[-1], *e] for (p, _), e in zip(cases, expected)))
+    assert closed.ids[closed.frozen != FROZEN].tolist() == list(extensible)
 
 
 class Fickle(Tiny):
@@ -340,7 +393,7 @@ class Fickle(Tiny):
             self.lm_head.bias[[DELETE, MASK]] = torch.tensor([99.0, 98.0])
 
 
-@pytest.mark.parametrize("order", ["confidence", "random"])
+@pytest.mark.parametrize("order", medlm.ORDERS)
 def test_masks_are_filled_in_equal_shares_and_never_with_del_or_mask(order):
     x = frozen_text([[1, MASK], [2], [3]], [[MASK] * 10, [7, 8], [MASK] * 3])  # a mask in a prompt is left alone
     passes = torch.tensor([4, 0, 3])
@@ -351,9 +404,11 @@ def test_masks_are_filled_in_equal_shares_and_never_with_del_or_mask(order):
 
     settings = {"order": order, "seeds": torch.arange(3), "on_pass": count}
     with torch.no_grad():
-        filled = medlm.fill_masks(Fickle(), x, passes, TOKENS, **settings)
+        filled, sure, used = medlm.fill_masks(Fickle(), x, passes, TOKENS, **settings)
     assert counts == [[3, 0, 1], [3, 0, 1], [2, 0, 1], [2, 0, 0]]
     rows = filled.unpack()
+    assert used.tolist() == [4, 0, 3]
+    assert (sure.isfinite() == ((x.ids == MASK) & (x.frozen == FREE))).all()
     assert rows[0][:2] == [1, MASK]
     assert rows[1] == [2, 7, 8]
     assert not {MASK, DELETE} & set(rows[0][2:] + rows[2])
@@ -371,6 +426,118 @@ def test_confident_order_fills_the_surest_masks_first():
             surest = sorted((before.ids == MASK).nonzero().flatten().tolist(), key=lambda i: -best.values[i])[:2]
             assert sorted(surest) == (op == SUB).nonzero().flatten().tolist()
             assert (token[op == SUB] == best.indices[op == SUB]).all()
+
+
+def published_decoder(logits_of, n, steps, pad, never):
+    """The published rule for one response of n masks: {position: token} after each pass, in plain Python.
+
+    logits_of: from {position: token} to the n rows of logits. never: tokens that cannot be chosen.
+    """
+    filled, after = {}, []
+    for step in range(steps):
+        scores = []
+        for i, row in enumerate(logits_of(filled)):
+            row = [-math.inf if token in never else value for token, value in enumerate(row)]
+            token = max(range(len(row)), key=lambda v: row[v])
+            total = sum(math.exp(value) for v, value in enumerate(row) if v != pad)
+            probability = 0.0 if token == pad else math.exp(row[token]) / total
+            scores.append((probability, -i, token))
+        free = sorted((score for score in scores if -score[1] not in filled), reverse=True)
+        share = n // steps + (step < n % steps)
+        filled |= {-at: token for _, at, token in free[:share]}
+        after.append(dict(filled))
+    return after
+
+
+@pytest.mark.parametrize("favour", [0, 3, 5])
+@torch.no_grad()
+def test_the_default_order_is_the_published_one(favour):
+    """On random logits with pads favoured; also that it differs from the order of confidence where pads are wanted."""
+    n, same = 12, []
+    for seed in range(40):
+        model, steps = Tiny(seed), 1 + seed % 7
+        model.lm_head.bias[PAD] += favour
+        model.lm_head.weight *= 3
+        x, seen = frozen_text([[seed % 50, 3]], [[MASK] * n]), []
+
+        def logits_of(filled, x=x, model=model):
+            row = [*x.ids[:2].tolist(), *(filled.get(i, MASK) for i in range(n))]
+            return model.lm_head(model(Ragged.pack([row])))[2:].double().tolist()
+
+        def note(t, x, op, sub, ins, label, seen=seen):
+            seen.append({i: t for i, t in enumerate(apply_edits(x, op, sub, ins).ids[2:].tolist()) if t != MASK})
+
+        limits = {"init_num": n, "mask_diffusion_step": steps, "edit_diffusion_step": 0}
+        medlm.decode(model, [[seed % 50, 3]], TOKENS, **limits, on_step=note)
+        assert seen == published_decoder(logits_of, n, steps, PAD, {MASK, DELETE})
+        text, *_ = medlm.fill_masks(model, x, torch.tensor([steps]), TOKENS, order="confidence")
+        same.append(text.unpack()[0][2:] == [seen[-1][i] for i in range(n)])
+    assert favour == 0 or not all(same)
+
+
+@given(st.integers(0, 999), st.integers(1, 12), st.floats(0.02, 0.9), st.sampled_from(medlm.ORDERS))
+@settings(deadline=None, max_examples=60)
+def test_above_a_threshold_every_sure_mask_is_filled_and_at_least_the_share_is(seed, steps, threshold, order):
+    model, left = Tiny(seed), []
+    with torch.no_grad():
+        model.lm_head.weight *= 4
+    x = frozen_text([[1], [2, 3]], [[MASK] * 12, [MASK] * 5])
+    passes, seeds = torch.tensor([steps, min(steps, 5)]), torch.tensor([1, 2])
+
+    def check(label, step, x, edits):
+        filled, masked = edits[0] == SUB, (x.ids == MASK)
+        p = model.lm_head(model(x)).index_fill(1, torch.tensor([MASK, DELETE]), -torch.inf).softmax(1).amax(1)
+        sure = masked & (p > threshold)
+        assert (filled | ~sure)[(p - threshold).abs() > 1e-5].all()
+        for b in range(2):
+            rest, done = int((masked & (x.batch == b)).sum()), int((filled & (x.batch == b)).sum())
+            share = -(-rest // max(1, int(passes[b]) - step))
+            assert done >= share
+            assert done == share or (sure & (x.batch == b)).sum() > 0
+        left.append(step)
+
+    with torch.no_grad():
+        fill = {"order": order, "seeds": seeds, "threshold": threshold}
+        text, _, used = medlm.fill_masks(model, x, passes, TOKENS, **fill, on_pass=check)
+    assert MASK not in text.ids
+    assert len(left) == used.max() <= steps
+    assert (used <= passes).all()
+
+
+def test_a_low_threshold_fills_all_in_one_pass():
+    (one,) = medlm.decode(Tiny(), [[1]], TOKENS, init_num=9, mask_diffusion_step=9, threshold=1e-6)
+    assert one.passes["mask_passes"] == 1
+
+
+@torch.no_grad()
+def test_the_control_fills_the_least_sure_tokens_again_and_edits_nothing():
+    for seed in range(10):
+        model, states = Tiny(seed), []
+        model.lm_head.weight *= 4
+        model.lm_head.bias[[PAD, EOS]] = -99.0
+        settings = {"init_num": 8, "mask_diffusion_step": 4, "edit_diffusion_step": 3, "order": "confidence"}
+        note = lambda *step, to=states: to.append(step[1:])  # noqa: E731
+        (out,) = medlm.decode(model, [[5, 6]], TOKENS, repair="remask", max_edits=3, **settings, on_step=note)
+        assert out.passes == {"mask_passes": 4, "edit_passes": 3}
+        x, sure, _ = medlm.fill_masks(
+            model, frozen_text([[5, 6]], [[MASK] * 8]), torch.tensor([4]), TOKENS, order="confidence"
+        )
+        row, sure = x.ids.tolist(), sure.tolist()
+        assert out.draft == row[2:]
+        for _, op, sub, ins, label in states[4:]:
+            assert label == "edit"
+            least = sorted(range(2, 10), key=lambda i: sure[i])[:3]
+            masked = [MASK if i in least else token for i, token in enumerate(row)]
+            p = model.lm_head(model(Ragged.pack([masked]))).index_fill(1, torch.tensor([MASK, DELETE]), -torch.inf)
+            top = p.log_softmax(1).max(1)
+            before = list(row)
+            for i in least:
+                row[i], sure[i] = int(top.indices[i]), float(top.values[i])
+            assert (ins == GAP).all()
+            assert [s if o == SUB else b for o, s, b in zip(op.tolist(), sub.tolist(), before)] == row
+        assert out.response == row[2:]
+        (none,) = medlm.decode(model, [[5, 6]], TOKENS, repair="none", **settings)
+        assert (none.response, none.passes["edit_passes"]) == (out.draft, 0)
 
 
 def test_random_order_depends_on_the_seed_alone():
@@ -542,6 +709,25 @@ def test_limited_edits_are_the_surest_ones():
     assert odds[1:5, 0].tolist() == [5 - 2, 9 - 2, 5 - 2, 9 - 2]
 
 
+@torch.no_grad()
+def test_edits_below_the_least_odds_are_not_made():
+    x, active, room = closed(([1], [5, 4, 5, 4])), torch.tensor([True]), torch.tensor([9])  # odds 3, 7, 3, 7
+    for least, wanted in [(2.9, 4), (3.1, 2), (7.1, 0)]:
+        op, *_ = medlm.propose_edits(Swap(), x, active, TOKENS, room, None, least)
+        assert (op == SUB).sum() == wanted
+
+
+def test_edits_are_counted_by_kind():
+    """Wanted: 0 becomes 1, 2 goes, 3 comes behind. Made: 0 becomes 4, 2 goes, 1 goes, 3 and 4 come."""
+    from recipes.toy_table import count_edits
+
+    x = closed(([9], [0, 5, 2, 6, 7, 1]))
+    op = torch.tensor([KEEP, SUB, KEEP, DEL, KEEP, KEEP, DEL, KEEP], dtype=torch.uint8)
+    sub, ins = x.ids.index_fill(0, torch.tensor([1]), 4), torch.full_like(x.ids, GAP)
+    ins[0], ins[5] = 4, 3
+    assert count_edits(x, (op, sub, ins), [[1, 5, 6, 7, 3, 1]], TOKENS).tolist() == [[1, 1, 0], [1, 2, 1], [1, 2, 1]]
+
+
 def test_without_room_to_insert_a_limited_pass_deletes_first():
     """The surest single edit is an insertion that does not fit until the deletion at the end has been made."""
     case = {20: (1, [0, 0, 1, 1, 1, 0, 2, 2, 0], [0, 0, 1, 1, 1, 1, 0, 2, 2])}
@@ -631,16 +817,15 @@ def test_no_token_of_a_frozen_span_ever_changes_moves_or_is_split(cases, seed, d
     )  # fmt: skip
     texts = [[x.unpack() for x in (x, apply_edits(x, *edits))] for x, *edits, _ in states]
     texts = [rows for pair in texts for rows in pair]
-    texts.append([prompt + d.tokens for (prompt, *_), d in zip(cases, decoded)])
+    ends = [[*suffix, EOS] if suffixed else [] for *_, suffix in cases]
+    texts.append([prompt + d.tokens + end for (prompt, *_), d, end in zip(cases, decoded, ends)])
     for rows in texts:
         for row, (prompt, span, suffix) in zip(rows, cases):
             suffix = [*suffix, EOS] if suffixed else []
             assert row[: len(prompt)] == prompt
             assert row[len(row) - len(suffix) :] == suffix
             assert holds(row, frozen_spans(prompt, span if drafted else [], suffix))
-    for d, (*_, suffix) in zip(decoded, cases):
-        suffix = [*suffix, EOS] if suffixed else [EOS]
-        assert d.tokens == d.response + suffix
+    assert all(d.tokens == d.response + ([] if suffixed else [EOS]) for d in decoded)
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), texts, texts, suffixes), min_size=1, max_size=4))
@@ -669,7 +854,7 @@ def test_the_masks_stand_between_prompt_and_suffix_and_no_text_outgrows_the_posi
             edit_diffusion_step=6, max_positions=7, on_step=lambda t, x, *_, rows=rows: rows.append(x.unpack()),
         )  # fmt: skip
         assert rows[0] == [[1, 2, *[MASK] * 4, 7, EOS], [3, *[MASK] * 4, 5, 6, EOS]]
-        assert all(len(d.tokens) + n <= 8 for d, n in zip(decoded, (2, 1)))
+        assert all(len(d.tokens) + n <= 8 for d, n in zip(decoded, (4, 4)))  # with prompt and suffix
 
 
 def test_behind_a_response_its_suffix_is_the_label_even_where_the_wanted_text_goes_on_as_the_suffix_does():
@@ -710,6 +895,22 @@ def test_plans_stay_within_their_limits_and_agree_for_the_same_generator(progres
         assert mask_passes + plan.edit_passes(mask_passes) <= max_steps
 
 
+def test_edits_alone_are_limited_by_progress_and_filling_takes_as_long_as_it_takes():
+    plan = medlm.plan_rollout(0.6, [2], 8, seeded(0), edits_alone=True)
+    assert plan.edit_passes(99) == 4
+    assert plan.mask_passes(torch.tensor([0, 3, 41])).tolist() == [0, 2, 21]
+    together = medlm.plan_rollout(0.6, [2], 8, seeded(0))
+    assert together.mask_passes(torch.tensor([0, 3, 41])).tolist() == [0, 2, 8]
+
+
+def test_one_t_for_a_batch_is_the_same_for_all_its_samples():
+    examples = [example([1], [5] * 2000)] * 4
+    batch = medlm.mask_batch(examples, mask_id=MASK, min_t=0.1, max_t=1.0, generator=seeded(1), one_t=True)
+    masked = (batch.x.ids == MASK).view(4, -1).float().mean(1)
+    assert (masked - masked.mean()).abs().max() < 0.05
+    assert len(batch.lm_weight.unique()) == 1
+
+
 def test_edit_passes_grow_with_progress_and_are_uniform():
     shared = seeded(0)
     assert {medlm.plan_rollout(0.0, [2], 8, shared).edit_passes(2) for _ in range(50)} == {0}
@@ -727,27 +928,35 @@ def rollout_examples(seed):
     ]
 
 
-def slow_edit_loss(model, rows, prompt_len, clean):
-    lm, following = [], []
-    for row, n, target in zip(rows, prompt_len, clean):
+def slow_edit_loss(model, rows, prompt_len, clean, ts=None):
+    """Mean over samples of the mean over rows; with the masked fractions ts, mean over all rows of the loss / t."""
+    lm, following, counts = [], [], [0, 0]
+    for b, (row, n, target) in enumerate(zip(rows, prompt_len, clean)):
         hidden = model(Ragged.pack([row]))
         token, insert = edit_labels(row[n:-1], target, DELETE, EOS)
-        ce = [-model.lm_head(hidden[n + i]).log_softmax(-1)[label] for i, label in enumerate(token)]
-        lm += [sum(ce) / len(ce)] if ce else []
+        labels = [*token.tolist(), *([] if ts is None else [EOS])]  # the end-of-message is supervised, too
+        ce = [-model.lm_head(hidden[n + i]).log_softmax(-1)[label] for i, label in enumerate(labels)]
+        lm += [sum(ce) / (len(ce) if ts is None else ts[b])] if ce else []
+        counts[0] += len(ce)
         ce = [
             -model.next_token_head(hidden[n - 1 + k]).log_softmax(-1)[label]
             for k, label in enumerate(insert)
             if label != -100
         ]
-        following.append(sum(ce) / len(ce))
-    return sum(lm) / max(len(lm), 1), sum(following) / len(following)
+        following.append(sum(ce) / (len(ce) if ts is None else ts[b]))
+        counts[1] += len(ce)
+    counts = [max(len(lm), 1), len(following)] if ts is None else counts
+    return sum(lm) / counts[0], sum(following) / counts[1]
 
 
-def test_rollouts_carry_the_labels_of_their_own_drafts_and_the_loss_equals_the_slow_version():
-    for seed in range(8):
+@pytest.mark.parametrize("norm", NORMS)
+def test_rollouts_carry_the_labels_of_their_own_drafts_and_the_loss_equals_the_slow_version(norm):
+    for seed in range(6):
         model, examples = Tiny(seed), rollout_examples(seed)
         plan = medlm.RolloutPlan(tokens_per_pass=2, max_passes=6, edit_share=0.7)
-        batch = medlm.rollout(model, examples, plan, TOKENS, min_t=0.1, max_t=0.9, generator=seeded(seed))
+        limits = {"min_t": 0.0, "max_t": 0.9, "loss_norm": norm}
+        batch = medlm.rollout(model, examples, plan, TOKENS, **limits, generator=seeded(seed))
+        ts = stratified(5, 0.0, 0.9, seeded(seed)).clamp(min=medlm.MIN_T)  # the first thing that is drawn
         prompt_len = [len(e.prompt) for e in examples]
         rows = batch.x.unpack()
         clean = [e.response[: e.response.index(EOS)] for e in examples]
@@ -761,7 +970,7 @@ def test_rollouts_carry_the_labels_of_their_own_drafts_and_the_loss_equals_the_s
         assert batch.counts["edit_distance"] == pytest.approx(sum(distances) / len(distances))
         assert batch.counts["mask_passes"] + batch.counts["edit_passes"] <= 6
         loss, metrics = medlm.loss(model, batch)
-        lm, following = slow_edit_loss(model, rows, prompt_len, clean)
+        lm, following = slow_edit_loss(model, rows, prompt_len, clean, ts if norm == "tokens" else None)
         assert torch.allclose(metrics["loss_edit_lm"], lm, rtol=1e-4)
         assert torch.allclose(metrics["loss_edit_next"], following, rtol=1e-4)
         assert torch.allclose(loss, lm + following, rtol=1e-4)
@@ -848,3 +1057,13 @@ def test_ranks_make_equally_many_forward_passes_when_one_finishes_early(tmp_path
     assert ranks[0][0] == ranks[1][0]
     assert [counts[1:3] for counts in ranks] == [counts[1:] for counts in alone], "what comes out is each one's own"
     assert ranks[0][3] == ranks[1][3] == 0  # the oracle's edits have reached both targets
+
+
+def test_every_text_of_a_rollout_is_filled_in_an_order_of_its_own(monkeypatch):
+    given = []
+    fill = medlm.fill_masks
+    monkeypatch.setattr(medlm, "fill_masks", lambda *a, seeds, **b: given.append(seeds) or fill(*a, seeds=seeds, **b))
+    plan, limits = medlm.RolloutPlan(1, 8, 0.0), {"min_t": 1.0, "max_t": 1.0}
+    for seed in range(2):
+        medlm.rollout(Tiny(), rollout_examples(0), plan, TOKENS, **limits, generator=seeded(seed))
+    assert len(torch.cat(given).unique()) == sum(map(len, given))

@@ -1,6 +1,7 @@
 """What models.py promises, against plain attention, complex-number RoPE, and `transformers`."""
 
 import cmath
+import dataclasses
 import math
 
 import pytest
@@ -23,15 +24,22 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+THETAS = {
+    "full_attention": {"rope_type": "default", "rope_theta": 50.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+}
 PADS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 
 # model_type -> (the class in transformers, what its config says beyond SIZES)
 FAMILIES = {
     "llama": ("LlamaForCausalLM", {"num_key_value_heads": 2}),
-    "llama, rope scaling": ("LlamaForCausalLM", {"rope_parameters": LLAMA3 | {"rope_theta": 500000.0}}),
+    "llama, rope scaling": (
+        "LlamaForCausalLM",
+        {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}, "rms_norm_eps": 0.1},
+    ),
     "llama, biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "qwen2": ("Qwen2ForCausalLM", {"num_key_value_heads": 2}),
-    "qwen3": ("Qwen3ForCausalLM", {"num_key_value_heads": 2, "head_dim": 16}),
+    "qwen3": ("Qwen3ForCausalLM", {"num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 0.1}),
     "qwen3, biases": (
         "Qwen3ForCausalLM",
         {"num_key_value_heads": 4, "head_dim": 16, "attention_bias": True, "tie_word_embeddings": True},
@@ -39,9 +47,9 @@ FAMILIES = {
     "modernbert": ("ModernBertForMaskedLM", PADS | {"local_attention": 16}),
     "modernbert, every second": (
         "ModernBertForMaskedLM",
-        PADS | {"local_attention": 6, "global_attn_every_n_layers": 2},
+        PADS | {"local_attention": 6, "global_attn_every_n_layers": 2, "norm_eps": 0.1, "rope_parameters": THETAS},
     ),
-    "bert": ("BertForMaskedLM", {}),
+    "bert": ("BertForMaskedLM", {"layer_norm_eps": 0.1}),
     "roberta": ("RobertaForMaskedLM", {}),
 }
 
@@ -59,7 +67,7 @@ def batch(*lengths, seed=0):
 # ---------------------------------------------------------------------------------------------------- attention
 
 
-def plain_attention(q, k, v, lengths, window):
+def plain_attention(q, k, v, lengths, window, causal):
     """[T, T] scores over the whole row in float64, with everything outside the own sequence and window at -inf."""
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
@@ -69,6 +77,8 @@ def plain_attention(q, k, v, lengths, window):
     visible = owner[:, None] == owner
     if window is not None:
         visible &= (position[:, None] - position).abs() <= window
+    if causal:
+        visible &= position <= position[:, None]
     scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.shape[2])
     return torch.einsum("hij,jhd->ihd", scores.masked_fill(~visible, -math.inf).softmax(-1), v)
 
@@ -78,18 +88,20 @@ def plain_attention(q, k, v, lengths, window):
     heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
     window=st.sampled_from([None, 0, 1, 4, 100]),
     padded=st.booleans(),
+    causal=st.booleans(),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=150, deadline=None)
-def test_attention_and_its_gradient_equal_plain_masked_attention(lengths, heads, window, padded, seed):
+def test_attention_and_its_gradient_equal_plain_masked_attention(lengths, heads, window, padded, causal, seed):
     rng, T = generator(seed), sum(lengths)
     q, k, v = (torch.randn(T, h, 8, generator=rng, requires_grad=True) for h in (heads[0], heads[1], heads[1]))
     target = torch.randn(T, heads[0], 8, generator=rng)
     x = Ragged.from_lengths(torch.zeros(T, dtype=torch.int64), torch.tensor(lengths))
+    x = dataclasses.replace(x, causal=causal)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "SHORT", 192 if padded else 0)
-        out = models.attend(q, k, v, x.cu_seqlens, x.max_seqlen, window)
-    expected = plain_attention(q, k, v, lengths, window)
+        out = models.attend(q, k, v, x, window)
+    expected = plain_attention(q, k, v, lengths, window, causal)
     torch.testing.assert_close(out, expected.float(), atol=1e-5, rtol=0)
     grads = torch.autograd.grad((out * target).sum(), (q, k, v))
     for ours, theirs in zip(grads, torch.autograd.grad((expected * target).sum(), (q, k, v))):
@@ -101,9 +113,9 @@ def test_attention_never_looks_into_a_neighbour(short, monkeypatch):
     monkeypatch.setattr(models, "SHORT", short)
     x = Ragged.from_lengths(torch.zeros(9, dtype=torch.int64), torch.tensor([4, 5]))
     q, k, v = torch.randn(3, 9, 2, 8, generator=generator())
-    before = models.attend(q, k, v, x.cu_seqlens, x.max_seqlen)
+    before = models.attend(q, k, v, x)
     v[4:] = math.nan
-    after = models.attend(q, k, v, x.cu_seqlens, x.max_seqlen)
+    after = models.attend(q, k, v, x)
     assert torch.equal(before[:4], after[:4]) or short, "padding rows may not matter either"
     assert not after[:4].isnan().any()
     assert after[4:].isnan().all()
@@ -283,3 +295,17 @@ def test_rows_filled_up_for_bf16_are_dropped_again(lengths, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         hidden = backbone(x)
     assert F.cosine_similarity(hidden.float(), expected).min() > 0.995
+
+
+def test_llada_has_the_settings_of_its_published_checkpoints_where_a_config_is_silent():
+    config = checkpoints.complete_config({"model_type": "llada", **SIZES})
+    assert (config.rope_theta, config.rms_norm_eps) == (500000.0, 1e-5)
+
+
+def test_random_weights_have_the_scales_that_are_documented():
+    module = nn.Sequential(nn.Linear(256, 512), nn.Linear(1024, 128), nn.Embedding(2000, 64))
+    models.init_weights(module, generator())
+    for m, std in zip(module, (1 / 16, 1 / 32, 1 / 8)):
+        assert m.weight.std().item() == pytest.approx(std, rel=0.02)
+        assert abs(m.weight.mean()) < 0.02 * std
+    assert not module[0].bias.any()

@@ -1,14 +1,23 @@
 """Many processes compute what one does, in every mode, and none waits for another."""
 
+import datetime
+import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from fleet import Fleet, forkserver, metrics, run
+from fleet import ALONE, Fleet, forkserver, metrics, run
 from safetensors.torch import load_file
 
 import parallel
+from plumbing import checkpoints
+
+ROOT = Path(parallel.__file__).parent
 
 TOY = "--dataset_args toy[train:64,test:7] --max_length 64 --learning_rate 1e-3 --logging_steps 1 --eval_samples 1 "
 KINDS = {
@@ -241,13 +250,109 @@ def test_a_rank_that_is_killed_takes_the_others_with_it(tmp_path):
     assert "Traceback" not in fleet.said()
 
 
-def test_inference_is_without_gradients_and_dropout_and_the_mode_comes_back():
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
+# ---------------------------------------------------------------------------------------------------- signals
+
+HANDLER = """
+import signal, time, parallel
+parallel.StopSignal(parallel.Ranks())
+signal.signal(signal.SIGALRM, lambda *_: exit(7))
+print("ready", flush=True)
+while True:
+    "the loop of a run"
+"""
+
+
+@pytest.mark.slow
+def test_ten_thousand_pairs_of_signals_do_not_stop_a_process():
+    """The second of a pair interrupts the handler of the first: a lock in it would never be released."""
+    run = subprocess.Popen([sys.executable, "-c", HANDLER], cwd=ROOT, env=os.environ | ALONE, stdout=subprocess.PIPE)
+    try:
+        assert run.stdout.readline() == b"ready\n"
+        for _ in range(10_000):
+            run.send_signal(signal.SIGTERM)
+            run.send_signal(signal.SIGTERM)
+            time.sleep(0.0002)
+        run.send_signal(signal.SIGALRM)
+        assert run.wait(60) == 7
+    finally:
+        run.kill()
+        run.stdout.close()
+
+
+@pytest.mark.slow
+def test_every_process_answers_sigusr1_with_its_stack(tmp_path):
+    out = tmp_path / "out"
+    fleet = Fleet(f"{TOY} {KINDS['mask']} --max_steps 100000 --eval_strategy no", out, 2)
+    fleet.until((out / "metrics.jsonl").exists)
+    fleet.kill(number=signal.SIGUSR1)
+    fleet.until(lambda: all("in train" in log.read_text() for log in fleet.logs))
+    fleet.kill(0, signal.SIGTERM)
+    assert fleet.wait() == [0, 0], "and goes on"
+
+
+def of_little_patience(rank):
+    parallel.LIMIT = datetime.timedelta(seconds=3)
+
+
+def stands_still(rank):
+    def clip_gradients(*_):
+        time.sleep(3600)
+
+    of_little_patience(rank)
+    if rank == 1:
+        parallel.ParallelModel.clip_gradients = clip_gradients
+
+
+@pytest.mark.slow
+def test_a_process_that_stands_still_is_not_waited_for_and_says_where(tmp_path):
+    fleet = Fleet(f"{TOY} {KINDS['mask']} --max_steps 9", tmp_path / "out", 2, stands_still)
+    fleet.until(lambda: not fleet.processes[0].is_alive())
+    fleet.kill(1)
+    assert fleet.wait() == [1, -signal.SIGKILL], fleet.said()
+    assert "in clip_gradients" in fleet.logs[1].read_text()
+    assert fleet.logs[0].read_text().splitlines()[-1].startswith("rank 0 ends: it has waited 0:00:03 for another")
+
+
+def saves_for_long(rank):
+    of_little_patience(rank)
+    save = checkpoints.save
+    checkpoints.save = lambda *args: (time.sleep(5), save(*args))
+
+
+@pytest.mark.slow
+def test_saving_may_take_longer_than_a_step(tmp_path):
+    run(f"{TOY} {KINDS['mask']} --max_steps 2 --eval_strategy no --save_steps 1", tmp_path / "out", 2, saves_for_long)
+    assert len(metrics(tmp_path / "out")) == 2
+
+
+def after_a_step(gradient, **settings):
+    """A linear layer of ones after one step of AdamW with the same gradient everywhere, and the optimizer."""
+    model = torch.nn.Linear(3, 2)
+    for p in model.parameters():
+        torch.nn.init.ones_(p)
+        p.grad = torch.full_like(p, gradient)
+    optimizer = parallel.adamw(model, **settings)
+    optimizer.step()
+    return model, optimizer
+
+
+def test_weight_decay_shrinks_matrices_and_leaves_vectors_alone():
+    model, _ = after_a_step(0.0, lr=0.5, beta2=0.98, weight_decay=0.1)
+    torch.testing.assert_close(model.weight.detach(), torch.full((2, 3), 1 - 0.5 * 0.1))
+    assert torch.equal(model.bias.detach(), torch.ones(2))
+
+
+def test_the_optimizer_has_the_betas_that_are_asked_for():
+    model, optimizer = after_a_step(2.0, lr=0.5, beta2=0.75, weight_decay=0.0)
+    for p in model.parameters():
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.full_like(p, (1 - 0.9) * 2))
+        torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], torch.full_like(p, (1 - 0.75) * 2**2))
+
+
+def test_gradients_are_clipped_to_the_norm_and_what_it_was_comes_back():
+    model = torch.nn.Linear(3, 1, bias=False)
     handle = parallel.ParallelModel(model, "ddp", parallel.Ranks())
-    forward = lambda model: model(torch.ones(2, 4))  # noqa: E731
-    with handle.inference():
-        a, b = handle(forward), handle(forward)
-    assert torch.equal(a, b)
-    assert not a.requires_grad
-    assert model.training
-    assert handle(forward).requires_grad
+    for max_norm, left in ((1.0, 1.0), (10.0, 3.0)):
+        model.weight.grad = torch.tensor([[2.0, 2.0, 1.0]])
+        assert float(handle.clip_gradients(max_norm)) == pytest.approx(3.0)
+        assert float(model.weight.grad.norm()) == pytest.approx(left, rel=1e-5)

@@ -154,6 +154,12 @@ def test_phases_are_named_and_what_happens_between_them_is_carried_over():
     assert shown[-1].total == (1, 5, 0)
 
 
+def test_the_way_back_of_a_corrector_is_at_a_time():
+    trace, _ = record([0, 1], [{1: (SUB, 3, GAP)}, {1: (SUB, 1, GAP)}], labels=["", "back"])
+    assert [frame.phase for frame in frames(trace)] == ["t = 0.00", "t = 0.50", "t = 1.00"]
+    assert frames(trace)[-1].cells[1] == Cell(" ░░", "mask", SUBSTITUTED)
+
+
 def test_draft_and_repaired_text_are_compared():
     end = outcome(two_phases())
     assert end.draft == [Cell(" the"), Cell(" cat"), Cell("s", mark=DELETED)]

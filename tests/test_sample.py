@@ -1,10 +1,10 @@
 """sample.py on the command line: prompts in, texts out, and what it says when it cannot."""
 
+import importlib
 import io
 import json
 import os
 import re
-import readline
 import subprocess
 import sys
 import time
@@ -21,7 +21,7 @@ import editflow
 import sample
 import toy
 from plumbing import checkpoints, picture
-from plumbing.tokenizer import train_tokenizer
+from plumbing.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(sample.__file__).parent
 PROMPT, OTHER = "Ann has 3 apples, gets 4:", "Ben has 9 apples, loses 2:"
@@ -73,7 +73,7 @@ def test_prompts_from_the_command_line_are_answered_in_order(name, samples):
     special = [f"<|{name}|>" for name in ("bos", "eos", "pad", "mask", "del")]
     assert not any(token in r["response"] for r in records for token in special), "no special tokens in what is written"
     details = {
-        "editflow": {"steps", "substitutions", "deletions", "insertions", "left_over"},
+        "editflow": {"steps", "substitutions", "deletions", "insertions", "taken_back", "left_over"},
         "medlm": {"draft", "mask_passes", "edit_passes"},
     }
     assert all(r.keys() == {"prompt", "response", "seed"} | details[name] for r in records)
@@ -140,6 +140,11 @@ def test_where_edit_flows_start(samples, monkeypatch):
     assert starts == [[[words.mask_id] * 6], [[words.mask_id] * 3], [[]], [draft, draft], [draft]]
 
 
+def test_me_dlm_edits_a_draft(samples):
+    (record,) = samples("medlm", "--prompt", PROMPT, "--draft", "That makes 8.")
+    assert (record["draft"], record["mask_passes"]) == ("That makes 8.", 0)
+
+
 def test_the_chat_template_wraps_prompts_unless_switched_off(saved, samples, monkeypatch):
     seen, generate = [], sample.Sampler.generate
 
@@ -154,6 +159,23 @@ def test_the_chat_template_wraps_prompts_unless_switched_off(saved, samples, mon
     assert "<|im_start|>user\nHello<|im_end|>" in seen[0]
     assert seen[0].endswith("<|im_start|>assistant\n")
     assert seen[1:] == ["<|bos|>Hello", "<|bos|>"]
+
+
+def test_control_tokens_in_a_prompt_are_letters_unless_asked_for(saved, samples, monkeypatch, tmp_path):
+    seen, generate = [], sample.Sampler.generate
+
+    def watched(sampler, prompts, *args):
+        seen.append(prompts[0])
+        return generate(sampler, prompts, *args)
+
+    monkeypatch.setattr(sample.Sampler, "generate", watched)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"problem": "<|im_end|>", "answer": "no"}))
+    asked = ["--prompt_file", tmp_path / "a.jsonl", "--prompt_field", "problem"]
+    samples("chat", *asked)
+    samples("chat", *asked, "--raw_control_tokens")
+    tokenizer = load_tokenizer(saved["chat"])
+    assert [prompt.count(tokenizer.eos_id) for prompt in seen] == [1, 2]
+    assert len({tokenizer.decode(prompt, skip_special=False) for prompt in seen}) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- traces
@@ -197,11 +219,11 @@ def test_watching_leaves_one_picture_and_the_text_on_the_screen(columns, saved, 
     terminal = Terminal(columns)
     terminal.start(sample.main, ["--model_name_or_path", str(saved["medlm"]), *STEPS, "--prompt", PROMPT, "--show"])
     assert terminal.end() == 0
-    headline, *_, text = (line for line in terminal.lines() if not line.startswith("note:") and line)
-    assert re.fullmatch(r"draft and repaired  ━+  step \d+", headline)
-    assert len(headline) == columns
+    assert re.fullmatch(r"draft and repaired  ━+  step \d+", terminal.lines()[0])
+    assert len(terminal.lines()[0]) == columns
     assert terminal.text().count("step ") == 1
-    assert record["response"] in terminal.text().replace("\n", "")
+    letters, response = ("".join(text.split()) for text in (terminal.text(), record["response"]))
+    assert letters.partition("note:")[0].endswith(response), "below the picture"
     terminal.close()
 
 
@@ -282,12 +304,12 @@ def hesitant():
     """sample.py, whose answers to messages with the word "slowly" in them take minutes."""
     generate = sample.Sampler.generate
 
-    def slow(sampler, prompts, seeds, drafts=None, on_step=None):
+    def slow(sampler, prompts, seeds, on_step=None):
         def wait(*step):
             on_step(*step)
             time.sleep(10 * HANGING * ("slowly" in sampler.tokenizer.decode(prompts[0])))
 
-        return generate(sampler, prompts, seeds, drafts, wait)
+        return generate(sampler, prompts, seeds, wait)
 
     sample.Sampler.generate = slow
     return sample.main()
@@ -339,12 +361,14 @@ def test_an_answer_is_stopped_and_the_conversation_goes_on(chat):
     assert chat.end() == 0
 
 
-@pytest.mark.skipif("libedit" in (readline.__doc__ or ""), reason="libedit takes every line of a paste for a message")
 def test_a_long_paste_is_one_message_and_complete(chat, saved):
+    if "libedit" in (importlib.import_module("readline").__doc__ or ""):
+        pytest.skip("libedit takes every line of a paste for a message")
     _, tokenizer = checkpoints.open_for_inference(saved["chat"], "cpu", False)
     for text in ("How are you? " * 500, "\n".join(f"Line {n} of many." for n in range(2000))):
-        tokens = len(data.encode_prompt([user(text.strip())], tokenizer))
-        chat.type(f"\x1b[200~{text}\x1b[201~\r")
+        tokens = len(data.encode_prompts([[user(text.strip())]], tokenizer)[0])
+        chat.paste(text)
+        chat.type("\r")
         chat.see(f"error: a prompt of {tokens} tokens")
     chat.see("\n>", 3)
     assert chat.text().count("error:") == 2
@@ -379,13 +403,18 @@ def test_a_prompt_longer_than_the_positions(name, refused):
 def test_a_roberta_prompt_may_fill_the_positions_that_are_really_there(tmp_path, refused):
     """Two of its 20 positions are taken by the padding token's offset."""
     save_encoder(tmp_path, "medlm", "roberta", positions=20)
-    prompt = len(data.encode_prompt([user(PROMPT)], toy.tokenizer()))
+    prompt = len(data.encode_prompts([[user(PROMPT)]], toy.tokenizer())[0])
     sample.main(["--model_name_or_path", str(tmp_path), "--prompt", PROMPT, "--init_num", str(18 - prompt), "-e", "0"])
     assert "18 positions" in refused(tmp_path, "--prompt", PROMPT, "--init_num", 19 - prompt)
 
 
 def test_what_is_said_about_flags_that_do_not_fit_the_model(refused):
-    assert "--draft is for Edit Flows" in refused("medlm", "--draft", "That makes 8.", *STEPS)
+    draft = ("--draft", "That makes 8.", "--repair", "remask")
+    assert "--repair remask fills again" in refused("medlm", *draft, *STEPS)
+    assert "'9' does not occur in --draft" in refused("medlm", "--draft", "That makes 8.", "--freeze", "9", *STEPS)
+    assert "nothing is left to edit" in refused("medlm", "--draft", "That makes 8.", "--freeze", "That makes 8.")
+    assert "--prompt_dropout" in refused("editflow", "--guidance", "1", *STEPS)
+    assert "does not tell what has flipped" in refused("draft", "--draft", "8", "--corrector", "1", *STEPS)
     assert "give one with --draft" in refused("draft", "--prompt", PROMPT)
     assert "x0_sampler 'noise' is not known; choose from empty" in refused("editflow", "--x0_sampler", "noise")
     assert "token frequencies" in refused("editflow", "--x0_sampler", "uniform[length:4]")
@@ -407,4 +436,4 @@ def test_files_that_cannot_be_written_are_found_before_the_model_is_read(tmp_pat
     monkeypatch.setattr(checkpoints, "load", lambda *a, **k: pytest.fail("the model was read first"))
     for flag in ("--output", "--make_gif", "--make_html", "--save_trace"):
         path = tmp_path / "file/below"
-        assert f"{path}: cannot be written" in refused("editflow", flag, path)
+        assert f"{flag} {path}: cannot be written to" in refused("editflow", flag, path)

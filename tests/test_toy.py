@@ -17,7 +17,7 @@ def test_toy_prompts_and_responses_are_as_described():
     assert (len(train), len(test), len({*train, *test})) == (704, 304, 1008)
     lengths = set()
     for prompt in train + test:
-        ids = data.encode_prompt([{"role": "user", "content": prompt}], tokenizer)
+        ids = data.encode_prompts([[{"role": "user", "content": prompt}]], tokenizer)[0]
         assert (len(ids), ids[0]) == (8, tokenizer.bos_id)
         responses = toy.valid_responses(prompt)
         assert len(responses) == 18
@@ -60,6 +60,28 @@ def test_toy_check_tells_answers_from_whole_responses():
     assert toy.check("Ann has 9 apples, loses 9:", "That leaves 0. #### 0") == (True, True)
     with pytest.raises(ValueError, match="not a prompt of the toy task"):
         toy.check("What is 3 + 4?", "7")
+
+
+def test_what_is_wrong_with_a_response_is_said():
+    prompt = "Ann has 3 apples, gets 9:"
+    for response, wrong in {
+        "3 + 9 = 13. #### 12": "'13.' should be '12.'",
+        "3 + 9 = 12. #### 1": "'1' should be '12'",
+        "3 + 9 = 12. ####": "'12' is missing",
+        "So now Ben has 12 apples. #### 12": "'That makes 12.' is missing, 'Ben' should be 'Ann'",
+        "That that makes 12.  #### 12": "'that' is too much",
+        "That makes 12.  #### 12 ": "",
+    }.items():
+        assert toy.explain(prompt, response) == wrong
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 400), st.sampled_from(toy.SOURCES))
+def test_nothing_is_wrong_with_the_valid_responses_alone(seed, kind):
+    [record] = toy.records("test", 1, seed, kind)
+    prompt, suffix = record["messages"][0]["content"], record.get("suffix", "")
+    for response in (record["draft"] or "7 apples", record["response"]):
+        assert (toy.explain(prompt, response, suffix) == "") == toy.check(prompt, response, suffix)[1]
 
 
 def test_toy_records_are_right_seeded_and_held_out():

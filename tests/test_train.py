@@ -1,5 +1,6 @@
 """train.py from the command line to the checkpoint: what it writes, how it stops and goes on, what it refuses."""
 
+import itertools
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ from fleet import ALONE, metrics
 from safetensors.torch import load_file
 
 import data
+import editflow
 import medlm
 import parallel
 import sample
@@ -218,6 +220,56 @@ def test_a_model_with_more_rows_than_tokens_keeps_them(tmp_path):
     assert checkpoints.load(out).unigram.shape == (rows,)
 
 
+PAIRS = [{"prompt": f"Count to {n}.", "response": "0123456789" * n} for n in (1, 9)] * 20
+
+
+def lengths(tmp_path, monkeypatch, flags) -> set:
+    """(tokens of the prompt, of the response) of what is trained on."""
+    seen, prepare = set(), editflow.prepare
+
+    def watched(model, examples, *args):
+        seen.update((len(e.prompt), len(e.response)) for e in examples)
+        return prepare(model, examples, *args)
+
+    monkeypatch.setattr(editflow, "prepare", watched)
+    file = jsonl(tmp_path / "pairs.jsonl", *PAIRS)
+    run("editflow", tmp_path / "out", f"--dataset_args {file}[test:0] --vocab_size 300 --max_length 60 {flags}")
+    monkeypatch.undo()
+    return seen
+
+
+def test_long_dialogues_are_left_out_or_lose_their_end(tmp_path, monkeypatch):
+    short = lengths(tmp_path, monkeypatch, "--max_steps 5")
+    ((prompt, response),) = short
+    flags = "--max_steps 5 --truncation right --overwrite_output_dir"
+    assert lengths(tmp_path, monkeypatch, flags) == {(prompt, response), (prompt, 60 - prompt)}
+
+
+def test_prompts_can_be_learned(tmp_path, monkeypatch):
+    ((prompt, response),) = lengths(tmp_path, monkeypatch, "--max_steps 5")
+    flags = "--max_steps 5 --mask_prompt_loss False --overwrite_output_dir"
+    assert lengths(tmp_path, monkeypatch, flags) == {(1, prompt - 1 + response)}
+
+
+@pytest.mark.parametrize("streaming", ["", "--streaming"])
+def test_several_files_and_patterns(streaming, tmp_path, capsys):
+    (tmp_path / "b").mkdir()
+    for name in ("a1.jsonl", "a2.jsonl", "b/c.jsonl"):
+        jsonl(tmp_path / name, *PAIRS)
+    files = f"{tmp_path}/a*.jsonl[test:10] {tmp_path}/b/c.jsonl"
+    flags = f"--vocab_size 300 --max_length 200 --max_steps 2 {streaming}"
+    assert run("editflow", tmp_path / "out", f"{flags} --train_file {files}") == 0
+    state = json.loads((tmp_path / "out/checkpoint-final/train_state.json").read_text())
+    assert state["args"]["dataset_args"] == files.replace(" ", " + ")
+    said = capsys.readouterr().err
+    assert streaming or ("70 dialogues" in said and "38 dialogues" in said)
+
+
+def test_a_pattern_that_fits_no_file(tmp_path, refused):
+    line = refused(f"--method editflow --train_file {tmp_path}/*.jsonl --output_dir {tmp_path}/out")
+    assert f"{tmp_path}/*.jsonl: no such file" in line
+
+
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 60
 
 
@@ -357,6 +409,32 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path):
         assert {e.step: e.value for e in board.Scalars(name)} == pytest.approx(expected)
 
 
+def test_wandb_holds_what_metrics_jsonl_holds_and_a_run_that_goes_on_goes_on_there(tmp_path, monkeypatch):
+    started, logged = [], {}
+
+    def init(**options):
+        started.append(options)
+        return SimpleNamespace(log=lambda record, step: logged.setdefault(step, {}).update(record))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError, __spec__=1))
+    for steps in (3, 5):
+        run("editflow", tmp_path, f"--max_steps {steps} --report_to wandb --eval_steps 1")
+    for line in lines_of(tmp_path):
+        assert line.items() <= logged[line["step"]].items()
+    assert started[0]["id"] == started[1]["id"]
+    assert started[0]["dir"] == tmp_path
+    assert started[0]["config"]["max_steps"] == 3
+
+
+def test_wandb_that_cannot_start_is_one_line(tmp_path, monkeypatch, refused):
+    def init(**options):
+        raise RuntimeError("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError, __spec__=1))
+    flags = f"{TOY} --method editflow --max_steps 1 --report_to wandb --output_dir"
+    assert "--report_to wandb: no API key" in refused(f"{flags} {tmp_path}/out")
+
+
 # ---------------------------------------------------------------------------------------------------- many processes
 
 
@@ -409,7 +487,7 @@ def test_ctrl_c_and_errors_as_the_shell_sees_them(tmp_path):
 
     _, err = bad.communicate(timeout=300)
     assert bad.returncode == 2
-    assert "error: argument --schedule: schedule 'quartic' is not known; choose from linear" in err.splitlines()[-1]
+    assert "argument --schedule/--scheduler_cls: schedule 'quartic' is not known" in err.splitlines()[-1]
     assert "Traceback" not in err
 
 
@@ -545,7 +623,7 @@ def test_special_tokens_inside_held_out_responses_are_found_before_the_first_ste
     pair = {"prompt": "Count to three.", "response": "one two three"}
     jsonl(folder / "train.jsonl", *[pair] * 40)
     jsonl(folder / "test.jsonl", pair | {"response": "one <|del|> three"})
-    flags = "--method medlm --vocab_size 300 --max_length 96 --max_steps 2 --intermediate_ratio 1"
+    flags = "--method medlm --vocab_size 300 --max_length 96 --max_steps 2 --intermediate_ratio 1 --raw_control_tokens"
     line = refused(f"{flags} --train_file {folder} --output_dir {tmp_path}/out")
     assert "del token" in line
     assert "one" in line
@@ -567,3 +645,68 @@ def test_a_damaged_train_state_is_named(tmp_path, refused):
     (tmp_path / "checkpoint-final/train_state.json").write_text("{")
     line = refused(f"--method editflow --output_dir {tmp_path}")
     assert "checkpoint-final/train_state.json" in line
+
+
+def test_the_optimizer_flags_reach_the_optimizer(tmp_path):
+    """Gradients clipped to nearly nothing move nothing, where AdamW divides them by its epsilon; so what is left of a
+    step is the weight decay."""
+    kept, shrunk = (tmp_path / name for name in ("kept", "shrunk"))
+    flags = "--max_steps 1 --max_grad_norm 1e-16 --learning_rate 0.1 --eval_strategy no --adam_beta2 0.75 --seed 0"
+    run("editflow", kept, flags)
+    run("editflow", shrunk, f"{flags} --weight_decay 0.5")
+    new = checkpoints.new_model("editflow", "tiny", toy.tokenizer().vocab_size).model.state_dict()
+    for directory, share in ((kept, 1.0), (shrunk, 1 - 0.1 * 0.5)):
+        for name, tensor in checkpoints.load(directory / "checkpoint-final").model.state_dict().items():
+            expected = new[name] * (share if tensor.ndim > 1 else 1.0)
+            torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6, msg=f"{directory.name}: {name}")
+    moments = load_file(kept / "checkpoint-final/optimizer.safetensors")
+    (name,) = [name for name in moments if name.endswith("rate_heads.0.bias.exp_avg")]
+    m, v = moments[name], moments[name.removesuffix("avg") + "avg_sq"]
+    torch.testing.assert_close(v / (1 - 0.75), (m / (1 - 0.9)) ** 2, rtol=1e-4, atol=0)
+
+
+def test_every_micro_batch_draws_for_itself_and_a_step_shares_one_generator(tmp_path, monkeypatch):
+    keys, generators = [], train.generators
+    monkeypatch.setattr(train, "generators", lambda *key: keys.append(key) or generators(*key))
+    run("editflow", tmp_path, "--max_steps 2 --gradient_accumulation_steps 3 --seed 5 --eval_strategy no")
+    assert keys == [(5, step, micro_batch) for step in range(2) for micro_batch in range(3)]
+
+    own, shared = {}, {}
+    for key in itertools.product((0, 5), range(4), range(4)):
+        mine, ours = generators(*key)
+        own[key], shared[key] = mine.initial_seed(), ours.initial_seed()
+        assert torch.initial_seed() == own[key], "dropout follows from it, too"
+    assert len(set(own.values())) == len(own)
+    assert all(shared[a] == shared[b] for a in shared for b in shared if a[:2] == b[:2])
+    assert len({*shared.values(), *own.values()}) == len(own) + 8
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulation_takes_the_mean_over_micro_batches(method, tmp_path, monkeypatch):
+    """The same micro-batch twice, with the same noise, is the step with it once."""
+    generators, take = train.generators, feed.MemoryFeed.take
+    monkeypatch.setattr(train, "generators", lambda seed, step, micro_batch: generators(seed, step, 0))
+    monkeypatch.setattr(feed.MemoryFeed, "take", lambda self: take(self)[:1] * self.args.gradient_accumulation_steps)
+    for n in (1, 2):
+        run(method, tmp_path / str(n), f"--max_steps 1 --gradient_accumulation_steps {n} --eval_strategy no")
+    (once,), (twice,) = (lines_of(tmp_path / n) for n in ("1", "2"))
+    assert (twice["loss"], twice["grad_norm"]) == pytest.approx((once["loss"], once["grad_norm"]), rel=1e-5)
+
+
+def test_progress_rises_through_a_run_and_the_end_of_it_is_evaluated(tmp_path, monkeypatch):
+    seen, prepare = [], medlm.prepare
+    monkeypatch.setattr(medlm, "prepare", lambda *args: seen.append(args[3]) or prepare(*args))
+    run("medlm", tmp_path, "--max_steps 4 --eval_steps 3 --per_device_eval_batch_size 6")
+    assert seen == [0.0, 0.25, 0.5, 1.0, 0.75, 1.0]  # 1.0: of evaluations, after 3 steps and after the last
+    assert [line["step"] for line in lines_of(tmp_path) if "eval_loss" in line] == [3, 4]
+
+
+def test_every_held_out_example_counts_alike(tmp_path):
+    """5 examples in batches of 2, 2 and 1, whose loss is their number: 9 / 5, and not 5 / 3."""
+    prepare = lambda model, examples, *_: torch.tensor(float(len(examples)))  # noqa: E731
+    one = SimpleNamespace(
+        args=SimpleNamespace(per_device_eval_batch_size=2), feed=SimpleNamespace(eval=[None] * 5), settings=None,
+        ranks=parallel.Ranks(), stop=SimpleNamespace(check=lambda: None), model=lambda f, *args: f(None, *args),
+        method=SimpleNamespace(prepare=prepare, loss=lambda model, n: (n, {"twice": 2 * n})),
+    )  # fmt: skip
+    assert train.evaluate(one) == pytest.approx({"eval_loss": 9 / 5, "eval_twice": 18 / 5})

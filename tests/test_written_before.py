@@ -18,9 +18,10 @@ EXPECTED = json.loads((HERE / "expected.json").read_text())
 COMMON = "--dataset_args toy[train:32,test:4] --max_length 64 --learning_rate 1e-2 --logging_steps 1 --save_steps 2"
 COMMON += " --eval_strategy no --max_steps 4 --seed 7"
 FLAGS = {
-    "editflow": "--method editflow --x0_sampler masks[length:8] --schedule linear --per_device_train_batch_size 8",
+    "editflow": "--method editflow --x0_sampler masks[length:8] --schedule linear --normalize length "
+    "--per_device_train_batch_size 8",
     "medlm": "--method medlm --pad_len 8 --per_device_train_batch_size 2 --intermediate_ratio 0.5 "
-    "--max_diffusion_steps 3 --min_t 0.1",
+    "--max_diffusion_steps 3 --min_t 0.1 --loss_norm samples",
 }
 
 
