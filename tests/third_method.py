@@ -24,20 +24,10 @@ class Model(nn.Module):
 
 def training_flags(f): ...
 def sampling_flags(f): ...
-def model_flags(f):
-    f.integer("--answer_length", low=1, help="tokens of an answer (default: the checkpoint's, or 24)")
-
-
-def remember(args, stored):
-    return {"answer_length": args.answer_length or stored.get("answer_length", 24)}
-
-
-def passes(settings):
-    return 1
-
-
-def start_length(settings):
-    return settings.answer_length
+def model_flags(f): f.integer("--answer_length", low=1, help="tokens of an answer (default: the checkpoint's, or 24)")
+def remember(args, stored): return {"answer_length": args.answer_length or stored.get("answer_length", 24)}
+def passes(settings): return 1
+def start_length(settings): return settings.answer_length
 
 
 def prepare(model, examples, settings, progress, rng, shared_rng) -> Ragged:
@@ -53,7 +43,7 @@ def loss(model, x: Ragged):
 
 
 @torch.no_grad()
-def generate(model, prompts, settings, seeds, drafts=None, on_step=None):
+def generate(model, prompts, settings, seeds, drafts=None, suffixes=None, keep=None, on_step=None):
     x = Ragged.pack([prompt[:1] for prompt in prompts], device=next(model.parameters()).device)
     frequencies = model.token_head(model(x)).float().softmax(-1).cpu()
     texts, eos = [], settings.tokens["eos"]
