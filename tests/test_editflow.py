@@ -5,6 +5,7 @@ probability and its remaining edits), `posterior` (the true rates: expected edit
 exact distribution of the texts that tau-leaping with given rates ends in). path, loss and sample must agree with it.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -1012,3 +1013,20 @@ def test_only_insertions_are_left_over():
     schedule = editflow.parse_schedule("linear")
     (text,) = editflow.sample(Fixed(0.5, 0.25, 2.5), [[BOS, 1]], [[1, 2, 3]], schedule=schedule, steps=2)
     assert text.details["left_over"] == pytest.approx(2.5 * (len(text.response) + 1))
+
+
+def test_the_rate_of_a_remaining_edit_grows_with_its_flipped_neighbours_and_weighs_its_loss():
+    x1, t, schedule = [1, 2, 3, 4] * 10, torch.tensor([0.5]), editflow.parse_schedule("linear")
+    batch = editflow.path([[BOS]], [[]], [list(range(100, 140))], t, schedule, seeded(0), propagation=1.0)
+    there = set(batch.x.ids.tolist())
+    remaining = [token for token in range(100, 140) if token not in there]
+    rates = [2.0 + len({token - 1, token + 1} & there) for token in remaining]  # w(0.5) = 2
+    assert set(rates) == {2.0, 3.0, 4.0}
+    assert batch.token.tolist() == remaining
+    assert batch.rate.tolist() == pytest.approx(rates)
+
+    batch = editflow.path([[BOS]], [[MASK] * 20], [x1], t, schedule, seeded(0))
+    heavier = dataclasses.replace(batch, rate=3 * batch.rate)
+    (_, once), (_, thrice) = (editflow.loss(real_model(), b) for b in (batch, heavier))
+    for name in ("loss_sub", "loss_ins"):
+        assert thrice[name].item() == pytest.approx(3 * once[name].item()) != 0
