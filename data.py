@@ -24,6 +24,7 @@ import glob
 import gzip
 import io
 import json
+import math
 import os
 import re
 import reprlib
@@ -130,7 +131,8 @@ def check_utf8(text: str) -> str:
     return text
 
 
-def parse_json(text: str):
+def parse_json(text: bytes):
+    text = check_utf8(decode(text))
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -143,10 +145,9 @@ def parse_jsonl(lines: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, dict 
     for place, line in lines:
         if line.strip():
             try:
-                record = parse_json(check_utf8(decode(line)))
+                yield place, parse_json(line)
             except ValueError as error:
-                record = error
-            yield place, record
+                yield place, error
 
 
 def parse_txt(lines: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, dict | ValueError]]:
@@ -171,7 +172,7 @@ def _numbered(items: Iterable, before: str) -> Iterator[tuple[str, object]]:
 
 def _read_json(file):
     """A list of records, or an object of which one value is a list."""
-    value = parse_json(check_utf8(decode(read_whole(file))))
+    value = parse_json(read_whole(file))
     values = value.values() if isinstance(value, dict) else [value]
     lists = [item for item in values if isinstance(item, list)]
     if len(lists) != 1:
@@ -220,10 +221,8 @@ def data_files(name: str, hub_files=None, config: str | None = None) -> list:
     name, or whose own names begin with it. Raises ValueError or OSError.
     """
     path = Path(name)
-    if path.exists():
-        files = _inside(path)
-    elif matching := sorted(glob.glob(name, recursive=True)):
-        files = [file for match in matching for file in _inside(Path(match))]
+    if matching := [path] if path.exists() else sorted(map(Path, glob.glob(name, recursive=True))):
+        files = [file for match in matching for file in _inside(match)]
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", name) or suffix(path) in READERS:
         raise ValueError(f"{name}: no such file or folder (nor a hub dataset owner/name, nor {', '.join(toy.SOURCES)})")
     else:
@@ -260,8 +259,7 @@ def _downloaded(repository: str, folder: str, config: str | None) -> list[Path]:
 def split_files(files: list) -> tuple[list, list]:
     """(to train on, held out), by their names. Where all are called held out, none is."""
     held_out = [file for file in files if HELD_OUT.search(file.name.lower())]
-    held_out = [] if len(held_out) == len(files) else held_out
-    return [file for file in files if file not in held_out], held_out
+    return [file for file in files if file not in held_out] or files, held_out if held_out != files else []
 
 
 # -------------------------------------------------------------------------------------------------------------- records
@@ -299,7 +297,12 @@ def named_fields(args) -> tuple[str, ...]:
 def detect_form(record, named: tuple = ()) -> tuple[str, tuple[str, ...]]:
     """The form of a record, a key of FORMS or "corpus", and its fields. Raises ValueError: it could not be read, or has
     no form. named: as named_fields gives it."""
-    _check_record(record)
+    if isinstance(record, ValueError):
+        raise record
+    if not isinstance(record, dict):
+        raise ValueError(f"a record must be an object with fields, found {reprlib.repr(record)}")
+    if None in record:  # where csv puts them
+        raise ValueError("more values than fields in the header")
     if record.keys() == {"corpus"}:
         return "corpus", ("corpus",)
     if named:
@@ -323,11 +326,9 @@ def normalise(record, named: tuple = ()) -> dict:
     form, fields = detect_form(record, named)
     if form == "corpus":
         return {"corpus": _text(record, "corpus", may_be_empty=True)}
-    draft = None
-    if record.get("draft") is not None:
-        draft = _text(record, "draft", may_be_empty=True)
-    elif form not in ("text", "messages", "history/response") and isinstance(record.get("source"), str):
-        draft = _text(record, "source", may_be_empty=True)
+    is_draft = isinstance(record.get("source"), str) and form not in ("text", "messages", "history/response")
+    place = "source" if is_draft and record.get("draft") is None else "draft"
+    draft = None if record.get(place) is None else _text(record, place, may_be_empty=True)
     if form == "text":
         text = _text(record, fields[0])
         return {"text": text} if draft is None else {"messages": [], "response": text, "draft": draft}
@@ -340,15 +341,6 @@ def normalise(record, named: tuple = ()) -> dict:
     if record.get("suffix") is not None:
         given["suffix"] = _text(record, "suffix")
     return {"messages": messages} | given
-
-
-def _check_record(record) -> None:
-    if isinstance(record, ValueError):
-        raise record
-    if not isinstance(record, dict):
-        raise ValueError(f"a record must be an object with fields, found {reprlib.repr(record)}")
-    if None in record:  # where csv puts them
-        raise ValueError("more values than fields in the header")
 
 
 def _messages(record: dict, form: str, field: str) -> list[dict]:
@@ -376,9 +368,7 @@ def _found(record: dict, field: str) -> str:
     return reprlib.repr(record[field]) if field in record else f"no such field (only {', '.join(map(repr, record))})"
 
 
-def load_records(
-    spec: str, seed: int = 0, *, named: tuple = (), skip_bad_records: bool = False
-) -> tuple[list[dict], list[dict], list[str]]:
+def load_records(spec: str, seed: int = 0, *, named: tuple = (), skip_bad_records: bool = False) -> tuple:
     """All that a spec names: (normal records to train on, normal records held out, a line to print for each source).
 
     Held out are the files whose names say so (test, validation, ...) where there are others beside them, else a
@@ -390,11 +380,10 @@ def load_records(
     train, test, reports = [], [], []
     for source in parse_spec(spec):
         if source.name in toy.SOURCES:
-            sizes = ("train", source.train), ("test", source.test)
-            parts = [toy.records(split, n, seed, source.name) for split, n in sizes]
+            parts = [toy.records(split, getattr(source, split), seed, source.name) for split in ("train", "test")]
             unit, skipped = "problems", ""
         else:
-            *parts, unit, skipped = _load_files(source, seed, named, skip_bad_records)
+            parts, unit, skipped = _load_files(source, seed, named, skip_bad_records)
         reports.append(f"{source.name}: {len(parts[0])} {unit} to train on, {len(parts[1])} held out{skipped}")
         if unit == "lines of text":
             parts = [[{"corpus": "".join(lines)}] if lines else [] for lines in parts]
@@ -403,16 +392,15 @@ def load_records(
     return train, test, reports
 
 
-def _load_files(source: Source, seed: int, named: tuple, skip_bad: bool) -> tuple[list, list, str, str]:
-    """(records or lines of a text to train on, those held out, what to call them, what to say of broken ones)"""
+def _load_files(source: Source, seed: int, named: tuple, skip_bad: bool) -> tuple[tuple[list, list], str, str]:
+    """((records or lines of a text to train on, those held out), what to call them, what to say of broken ones)"""
     files, bad, parts = data_files(source.name, config=source.config), 0, ([], [])
-    is_text = {suffix(file) == ".txt" for file in files}
-    if len(is_text) == 2:
+    is_text = suffix(files[0]) == ".txt"
+    if any((suffix(file) == ".txt") != is_text for file in files):
         raise ValueError(f"{source.name}: holds .txt files beside files of records; name them as two sources, a + b")
     for part, its_files in zip(parts, split_files(files)):
         for file in its_files:
-            if part and True in is_text:
-                part.append({"corpus": "\n"})
+            part += [{"corpus": "\n"}] if part and is_text else []
             for _, record in usable(read_file(file), named, skip_bad):
                 part += record
                 bad += not record
@@ -420,24 +408,23 @@ def _load_files(source: Source, seed: int, named: tuple, skip_bad: bool) -> tupl
     skipped = f", {bad} broken ones skipped" if bad else ""
     if not train:
         raise ValueError(f"{source.name}: no usable record{skipped}")
-    if True in is_text:
+    if is_text:
         train, test = (list(io.StringIO("".join(texts(part)))) for part in parts)
-        return *_split(train, test, source, limit=5000), "lines of text", skipped
-    unit = "dialogues" if "messages" in train[0] else "documents"
+        return _split(train, test, source, limit=5000), "lines of text", skipped
     order = np.random.default_rng(seed).permutation(len(train))
-    return *_split([train[i] for i in order], test, source, limit=500), unit, skipped
+    unit = "dialogues" if "messages" in train[0] else "documents"
+    return _split([train[i] for i in order], test, source, limit=500), unit, skipped
 
 
 def usable(records: Iterable[tuple], named: tuple, skip_bad: bool) -> Iterator[tuple[str, list[dict]]]:
     """(place, [record in normal form]) from (place, record); [] for a broken one that is skipped, or else raised as a
     ValueError with its place."""
     for place, record in records:
-        normal = []
         try:
-            normal = [normalise(record, named)]
+            yield place, [normalise(record, named)]
         except ValueError as error:
             bad_record(place, error, skip_bad)
-        yield place, normal
+            yield place, []
 
 
 def bad_record(place: str, error: ValueError, skip: bool) -> int:
@@ -463,10 +450,10 @@ def _split(train: list, test: list, source: Source, limit: int) -> tuple[list, l
 def read_prompts(path: str, named: tuple = ()) -> list[list[dict]]:
     """The dialogues to continue in a file: a line of plain text each, or records of any form (answers are ignored).
     Raises OSError or ValueError ("file:line: ...")."""
-    path, dialogues = Path(path), []
-    if not path.is_file():
+    dialogues = []
+    if not os.path.isfile(path):
         raise OSError(f"--prompt_file {path}: no such file")
-    for place, record in read_file(path):
+    for place, record in read_file(Path(path)):
         try:
             form, fields = detect_form(record, named)
             if form == "corpus":
@@ -542,10 +529,6 @@ def encode_prompts(dialogues: list[list[dict]], tokenizer: Tokenizer) -> list[li
     return [next(written) if messages else [_required(tokenizer, "bos")] for messages in dialogues]
 
 
-def encode_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
-    return encode_prompts([messages], tokenizer)[0]
-
-
 def _required(tokenizer: Tokenizer, role: str) -> int:
     token = getattr(tokenizer, f"{role}_id")
     if token is None:
@@ -554,16 +537,9 @@ def _required(tokenizer: Tokenizer, role: str) -> int:
 
 
 def encode(
-    records: list[dict],
-    tokenizer: Tokenizer,
-    *,
-    max_length: int,
-    insert_eos: bool = True,
-    recut: bool = True,
-    truncate: bool = False,
-    learn_prompts: bool = False,
-    progress: bool = False,
-) -> Dataset:
+    records: list[dict], tokenizer: Tokenizer, *, max_length: int, insert_eos: bool = True, recut: bool = True,
+    truncate: bool = False, learn_prompts: bool = False, progress: bool = False,
+) -> Dataset:  # fmt: skip
     """Normal records to a Dataset.
 
     dialogue  encode_prompts, response and suffix; left out and counted when they (or the draft) exceed `max_length`
@@ -599,50 +575,40 @@ def encode(
             suffix = suffix + eos
         else:
             response, draft = response + eos, draft + eos
-        example = Example(prompt, response, None if record["draft"] is None else draft, suffix)
         room = max_length - len(prompt) - len(suffix)
         if truncate and room > 0:
-            example = replace(example, response=response[:room], draft=example.draft and draft[:room])
-        length = len(example) + max(0, len(example.draft or []) - len(example.response))
+            response, draft = response[:room], draft[:room]
+        length = len(prompt) + max(len(response), len(draft)) + len(suffix)
         if learn_prompts:
-            begun = None if example.draft is None else prompt[1:] + example.draft
-            example = Example(prompt[:1], prompt[1:] + example.response, begun, suffix)
+            prompt, response, draft = prompt[:1], prompt[1:] + response, prompt[1:] + draft
         if length <= max_length:
-            examples.append(example)
+            examples.append(Example(prompt, response, None if record["draft"] is None else draft, suffix))
         else:
             too_long.append(length)
 
-    rows, corpus, piece = [ids + eos for ids in tokenize(documents)], [], max_length - 1
-    for text in corpora:
-        # cut behind newlines into texts of at most 64k characters, so that all cores have work
-        parts = tokenize(re.findall(r"(?s).{0,65535}\n|.{1,65536}", text))
-        row = [*chain.from_iterable(parts), *eos]
-        if recut:
-            corpus += row
-        else:
-            rows.append(row)
+    rows, piece = [ids + eos for ids in tokenize(documents)], max_length - 1
+    # cut behind newlines into texts of at most 64k characters, so that all cores have work
+    cut = (re.findall(r"(?s).{0,65535}\n|.{1,65536}", text) for text in corpora)
+    streams = [[*chain.from_iterable(tokenize(parts)), *eos] for parts in cut]
+    corpus = list(chain.from_iterable(streams)) if recut else []
+    rows += [] if recut else streams
     if corpora and recut and len(corpus) < piece:
-        raise ValueError(
-            f"the text has {len(corpus)} tokens, fewer than one example of --max_length {max_length}; "
-            "give more text or a smaller --max_length"
-        )
+        short = f"the text has {len(corpus)} tokens, fewer than one example of --max_length {max_length}"
+        raise ValueError(f"{short}; give more text or a smaller --max_length")
     for row in filter(None, rows):
         parts = np.array_split(np.array(row, dtype=np.int32), -(-len(row) // piece))
         examples += [Example(bos, part.tolist()) for part in parts]
     return Dataset(examples, too_long, np.array(corpus, dtype=np.int32), bos, piece)
 
 
-def pad_response(
-    example: Example, pad_len: int, pad_id: int, max_length: int | None = None, at_least_one: bool = False
-) -> Example:
+def pad_response(example: Example, pad_len: int, pad_id: int, max_length=math.inf, at_least_one=False) -> Example:
     """ME-DLM, stages 2 and 3: pads the response to a multiple of `pad_len`, but no further than to a sequence of
     `max_length`. The model learns to predict the pads, and so how long an answer is.
 
     at_least_one: a response that is such a multiple already gets a whole block of pads, as in the published system.
     """
     pads = -len(example.response) % pad_len or at_least_one * pad_len
-    if max_length is not None:
-        pads = max(0, min(pads, max_length - len(example)))
+    pads = max(0, min(pads, max_length - len(example)))
     return replace(example, response=example.response + [pad_id] * pads)
 
 

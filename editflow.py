@@ -276,7 +276,7 @@ class PathBatch:
 
 def path(
     prompts: list, x0: list, x1: list, t: Tensor, schedule: Schedule, generator: torch.Generator, *,
-    suffixes: list | None = None, normalize: str = "batch", max_w: float = MAX_W,
+    suffixes: list | None = None, normalize: str = "length", max_w: float = MAX_W,
     substituted: float | None = None, propagation: float = 0.0,
 ) -> PathBatch:  # fmt: skip
     """Draw x_t given (x0, x1) for every sequence: align, flip each column with probability kappa(t), drop the gaps.
@@ -644,7 +644,7 @@ def model_flags(f) -> None:
 
 
 def training_flags(f) -> None:
-    f.choice("--normalize", choices=list(NORMALIZERS), default="batch",
+    f.choice("--normalize", choices=list(NORMALIZERS), default="length",
              help="divide a text's loss by its own length, by the mean length of the batch, or not at all")
     f.choice("--alignment", choices=["canonical", "random"],
              help="of start and text: a shortest edit script, or the paper's (default: random for uniform)")

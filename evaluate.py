@@ -5,10 +5,9 @@
     python evaluate.py --path CKPT --task likelihood --data FILE
 
 Everything a number depends on stands in one table, TASKS: the data, the words of the prompt, and the rule that finds
-the answer in a response and judges it. Zero-shot throughout. The words are those of the published ME-DLM evaluation,
-so that its checkpoints are asked what they were measured with; a model trained on bare questions wants
-`--system_prompt ""`. Where an answer has a draft (ME-DLM's, or the one that a record brings), both are judged; and by
-two rules where the published one is stricter: by ours ("right"), which looks for what was meant, and by that one.
+the answer in a response and judges it. Zero-shot, in the words of the published ME-DLM evaluation; a model trained on
+bare questions wants `--system_prompt ""`. Where an answer has a draft (ME-DLM's, or the one that a record brings), both
+are judged; by our rule ("right"), which looks for what was meant, and by the published one where that is stricter.
 
     samples      questions of a task, in the order of its file; rank r of W takes every W-th, from the r-th on
     prepare      a model's settings for a task, and the function from samples to answers
@@ -38,11 +37,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cache
-from itertools import islice, zip_longest
+from functools import cache, partial
+from itertools import chain, islice
 from math import gcd, log, sqrt
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, pstdev
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py, and before torch
 
@@ -62,6 +61,7 @@ from sample import draft_ids
 # rule, which the summary quotes. PUBLISHED: the verdict of the published ME-DLM evaluation, in so far as it differs.
 
 PUBLISHED = "as published"
+TEXTS = ("draft", "response")  # what is judged of a row
 
 NUMBER = re.compile(r"(?:(?<![\w)}])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
 FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -151,12 +151,8 @@ def humaneval_check(record: dict, response: str) -> dict[str, bool]:
     if not test or not function:
         return {}
     helpers = record["prompt"].rpartition(f"def {function}")[0]  # for the tests, as the prompt defines them
-    return passed(humaneval_start(record), response, f"{helpers}\n{test}\ncheck({function})\n", function)
-
-
-def humaneval_start(record: dict) -> str:
-    """The prompt. Code that is the whole function again replaces the prompt's, whose body is a docstring."""
-    return record["prompt"].rstrip() + "\n"
+    start = TASKS["humaneval"].start(record)
+    return passed(start, response, f"{helpers}\n{test}\ncheck({function})\n", function)
 
 
 def mbpp_asserts(record: dict) -> list[str]:
@@ -182,11 +178,6 @@ def mbpp_question(record: dict) -> str:
     return "\n".join(description) + f"\nYour code should satisfy the following assertion:\n```python\n{example}\n```"
 
 
-def toy_explain(record: dict, response: str) -> str:
-    """What is wrong, "" if nothing."""
-    return toy.explain(record["messages"][0]["content"], response, record.get("suffix", ""))
-
-
 def toy_check(record: dict, response: str) -> dict[str, bool]:
     """right: the number after ####; valid: the response is one of the 18 that answer the prompt."""
     right, valid = toy.check(record["messages"][0]["content"], response, record.get("suffix", ""))
@@ -200,11 +191,9 @@ class Task:
     fields: tuple[str, ...] = ()  # text fields that a record must have
     system: str = ""
     hub: str = ""  # dataset on the hub, with a folder where it has several
-    file: str = ""  # its name under --data_dir
-    published: str = ""  # its name under the published data/
+    files: tuple[str, ...] = ()  # its name under --data_dir, and that in the published folder of data
     package: str = ""  # that the check needs
     start: Callable[[dict], str] | None = None  # record -> what a program has in front of a response's code
-    explain: Callable[[dict, str], str] | None = None  # (record, response) -> what is wrong, "" if nothing
     init_num: int = 512  # for methods that start from so many tokens
 
 
@@ -213,29 +202,23 @@ CODE = "You are an intelligent programming assistant to produce Python algorithm
 
 TASKS = {
     "gsm8k": Task(
-        hub="openai/gsm8k/main", file="gsm8k_test.jsonl", published="math/gsm8k.jsonl",
-        fields=("question", "answer"), question=lambda record: record["question"],
-        system=MATH, check=gsm8k_check,
+        hub="openai/gsm8k/main", files=("gsm8k_test.jsonl", "math/gsm8k.jsonl"), fields=("question", "answer"),
+        question=lambda record: record["question"], system=MATH, check=gsm8k_check,
     ),
     "math500": Task(
-        hub="HuggingFaceH4/MATH-500", file="math500.jsonl", published="math/math500.jsonl",
-        fields=("problem", "answer"), question=lambda record: record["problem"],
-        system=MATH, check=math_check, package="math_verify",
+        hub="HuggingFaceH4/MATH-500", files=("math500.jsonl", "math/math500.jsonl"), fields=("problem", "answer"),
+        question=lambda record: record["problem"], system=MATH, check=math_check, package="math_verify",
     ),
     "humaneval": Task(
-        hub="openai/openai_humaneval", file="humaneval.jsonl", published="code/humaneval.jsonl",
-        fields=("prompt",),
-        question=lambda record: f"```python\n{record['prompt'].strip()}\n```",
-        system=CODE, check=humaneval_check, start=humaneval_start,
+        hub="openai/openai_humaneval", files=("humaneval.jsonl", "code/humaneval.jsonl"), fields=("prompt",),
+        question=lambda record: f"```python\n{record['prompt'].strip()}\n```", system=CODE, check=humaneval_check,
+        start=lambda record: record["prompt"].rstrip() + "\n",  # code may define the whole function once more
     ),
     "mbpp": Task(
-        hub="evalplus/mbppplus", file="mbpp.jsonl", published="code/mbpp.jsonl",
-        fields=("prompt",), question=mbpp_question,
-        system=CODE, check=mbpp_check, start=lambda record: "",
+        hub="evalplus/mbppplus", files=("mbpp.jsonl", "code/mbpp.jsonl"), fields=("prompt",),
+        question=mbpp_question, system=CODE, check=mbpp_check, start=lambda record: "",
     ),
-    "toy": Task(
-        question=lambda record: record["messages"][0]["content"], check=toy_check, explain=toy_explain, init_num=24,
-    ),
+    "toy": Task(question=lambda record: record["messages"][0]["content"], check=toy_check, init_num=24),
 }  # fmt: skip
 TASKS["toy-repair"] = TASKS["toy-infill"] = TASKS["toy"]  # from a corrupted response; between its two ends
 LIKELIHOOD = "likelihood"  # stands alone, in the section of its name
@@ -261,11 +244,7 @@ def load_samples(
     if name in toy.SOURCES:
         records = toy.records("test", limit or toy.HELD_OUT, seed, name)
     else:
-        files = data.data_files(source)
-        files = [file for file in files if "test" in file.name] or files
-        records = [checked(task, *line, named) for file in files for line in data.read_file(file)][:limit]
-        if not records:
-            raise ValueError(f"{files[0]}: no record in it")
+        records = [record for _, record in read(source, limit, partial(checked, task, named))]
     system = task.system if system is None else system
     dialogue = [{"role": "system", "content": system}] if system else []
     samples = []
@@ -277,30 +256,43 @@ def load_samples(
     return samples
 
 
-def checked(task: Task, place: str, record, named: tuple = ()) -> dict:
-    """The record, if it is one of this task, with the fields under their usual names."""
+def read(source: str, limit: int | None, check: Callable[[dict], dict]) -> list[tuple[str, dict]]:
+    """(place, checked record) of the first `limit` records of a file, folder (of its test files, if it has some) or hub
+    dataset. Raises ValueError, OSError."""
+    files, records = data.data_files(source), []
+    files = [file for file in files if "test" in file.name] or files
+    for place, record in islice(chain.from_iterable(map(data.read_file, files)), limit):
+        try:
+            records.append((place, check(record)))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+    if not records:
+        raise ValueError(f"{files[0]}: no record in it")
+    return records
+
+
+def checked(task: Task, named: tuple, record) -> dict:
+    """The record, if it is one of this task, with the fields under their usual names. Raises ValueError."""
     if isinstance(record, ValueError):
-        raise ValueError(f"{place}: {record}")
+        raise record
     names = dict(zip(task.fields, task.fields)) | {usual: name for usual, name in zip(task.fields, named) if name}
     for field in names.values():
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise ValueError(f"{place}: needs text in field {field!r}; --prompt_field and --response_field name others")
+            raise ValueError(f"needs text in field {field!r}; --prompt_field and --response_field name others")
     record |= {usual: record[field] for usual, field in names.items()}
-    for field in ("draft", "test", "entry_point"):
-        if not isinstance(record.get(field), str | None):
-            raise ValueError(f"{place}: the field {field!r} must hold text")
-    for field in ("test_list", "test_imports"):  # of mbpp, both optional
-        lines = record.get(field) or []
-        if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines)):
-            raise ValueError(f"{place}: the field {field!r} must hold a list of texts")
+    for field in ("draft", "test", "entry_point", "test_list", "test_imports"):  # need not be there
+        value, is_list = record.get(field), field.startswith("test_")
+        texts = value if is_list and isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(text, str) for text in texts) or (is_list and isinstance(value, str)):
+            raise ValueError(f"the field {field!r} must hold {'a list of texts' if is_list else 'text'}")
     return record
 
 
 def set_keys(samples: list[Sample], settings: dict, checkpoint: Path) -> None:
     """The checkpoint counts by name, size and time of its files: once it was trained on, it is another one."""
     counts = re.compile(r".*\.(safetensors|jinja|model)|(\w+_)?config\.json|tokenizer\.json")
-    files = [file for file in sorted(checkpoint.iterdir()) if counts.fullmatch(file.name)]
-    state = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    files = [(file.name, file.stat()) for file in sorted(checkpoint.iterdir()) if counts.fullmatch(file.name)]
+    state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]
     for i, sample in enumerate(samples):
         everything = [i, sample.id, sample.messages, sample.seed, settings, state]
         sample.key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
@@ -311,10 +303,8 @@ def set_keys(samples: list[Sample], settings: dict, checkpoint: Path) -> None:
 
 def prepare(model, tokenizer, args, name: str, samples: list[Sample]) -> tuple[dict, Callable]:
     """(settings, generate) of a task. settings: what an answer depends on beside checkpoint, prompt and seed.
-    generate: from samples to answers, {"response", "tokens", "draft" (None where there is none), "passes"}.
-
-    Raises ValueError for the first question that leaves no room for an answer: now, and not when its turn comes.
-    """
+    generate: from samples to answers, {"response", "tokens", "draft" (None where there is none), "passes"}. Raises
+    ValueError for the first question that leaves no room for an answer: now, and not when its turn comes."""
     method = methods.of(model)
     tokenizer.configure(args.chat_template, args.raw_control_tokens)
     flags = argparse.Namespace(**vars(args) | {"init_num": args.init_num or TASKS[name].init_num})
@@ -328,13 +318,11 @@ def prepare(model, tokenizer, args, name: str, samples: list[Sample]) -> tuple[d
         return data.encode_prompts([s.messages for s in samples], tokenizer), *given
 
     def generate(samples: list[Sample]) -> list[dict]:
-        prompts, drafts, suffixes = encode(samples)
-        answers = []
-        for text in method.generate(model, prompts, settings, [s.seed for s in samples], drafts, suffixes):
-            answer = {"response": tokenizer.decode(text.response), "tokens": len(text.response)}
-            answer["draft"] = None if text.draft is None else tokenizer.decode(text.draft)
-            answers.append(answer | {"passes": text.passes})
-        return answers
+        prompts, *given = encode(samples)
+        texts = method.generate(model, prompts, settings, [s.seed for s in samples], *given)
+        drafts = [None if text.draft is None else tokenizer.decode(text.draft) for text in texts]
+        answers = [{"response": tokenizer.decode(text.response), "tokens": len(text.response)} for text in texts]
+        return [a | {"draft": d, "passes": text.passes} for a, d, text in zip(answers, drafts, texts)]
 
     prompts, drafts, suffixes = encode(samples)
     prompts = [p + s for p, s in zip(prompts, suffixes)] if suffixes else prompts
@@ -360,24 +348,18 @@ def answer_samples(name, samples, generate, out: Path, rank=0, world=1, batch_si
     """This rank's share of a task: appends a row for every sample that has none yet."""
     rows = read_rows(name, out)
     pending = [sample for sample in samples[rank::world] if sample.key not in rows]
-    bar = tqdm(total=len(pending), desc=name, unit="sample", disable=rank > 0)
-    with bar, open(out / f"{name}.rank{rank}.jsonl", "a+b") as file:
+    with open(out / f"{name}.rank{rank}.jsonl", "a+b") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)  # what a kill cut off; appending goes on behind it
-        for start in range(0, len(pending), batch_size):
+        for start in tqdm(range(0, len(pending), batch_size), name, unit="batch", disable=rank > 0):
             batch = pending[start : start + batch_size]
             started = time.perf_counter()
             answers = generate(batch)
             seconds = (time.perf_counter() - started) / len(batch)
             for sample, answer in zip(batch, answers, strict=True):
                 row = {"key": sample.key, "id": sample.id, "prompt": sample.messages[-1]["content"]}
-                line = json.dumps(row | answer | {"seconds": seconds}) + "\n"
-                file.write(line.encode())
-                file.flush()
-                bar.update()
-
-
-TEXTS = ("draft", "response")  # what is judged of a row
+                file.write(json.dumps(row | answer | {"seconds": seconds}).encode() + b"\n")
+            file.flush()
 
 
 def judge(name: str, samples: list[Sample], out: Path, may_run: bool = False) -> list[dict]:
@@ -387,18 +369,17 @@ def judge(name: str, samples: list[Sample], out: Path, may_run: bool = False) ->
     rows = [found[sample.key] | {"verdicts": {}} for sample in samples]
     check = cache(lambda i, text: task.check(samples[i].record, text))  # what was not edited is judged once
     for kind in TEXTS:
-        answered = [i for i, row in enumerate(rows) if row[kind] is not None]
-        texts = [rows[i][kind] for i in answered]
+        texts = {i: row[kind] for i, row in enumerate(rows) if row[kind] is not None}
         if task.start:
-            answers = [(samples[i], text) for i, text in zip(answered, texts)]
-            lines = [{"task_id": s.id, "solution": task.start(s.record) + code(text)} for s, text in answers]
+            asked = [(samples[i], text) for i, text in texts.items()]
+            lines = [{"task_id": s.id, "solution": task.start(s.record) + code(text)} for s, text in asked]
             write_rows(out / f"evalplus_{name}_{kind}.jsonl", lines)
             if not may_run:
                 continue
         with ThreadPoolExecutor(max(1, os.cpu_count() // 2)) as pool:
             work = pool.map if task.start else map  # math-verify works in the main thread alone
-            judged = tqdm(work(check, answered, texts), f"{name}, judging", len(texts))
-            for i, verdicts in zip(answered, judged):
+            judged = tqdm(work(check, texts, texts.values()), f"{name}, judging", len(texts))
+            for i, verdicts in zip(texts, judged):
                 rows[i]["verdicts"] |= {f"{kind} {verdict}": holds for verdict, holds in verdicts.items()}
     write_rows(out / f"{name}.jsonl", rows)
     return rows
@@ -421,14 +402,12 @@ def evalplus(name: str, samples: Path) -> dict | str:
 
 
 def summarise(rows: list[dict]) -> dict:
-    """Every verdict in percent with its standard error 100 sqrt(p (1 - p) / n); mean counts of passes; tokens of
-    responses per second of generation, in one process."""
+    """Every verdict in percent with its standard error; mean counts of passes; tokens of responses per second of
+    generation, in one process."""
     verdicts = {}
     for verdict in dict.fromkeys(verdict for row in rows for verdict in row["verdicts"]):
         given = [row["verdicts"][verdict] for row in rows if verdict in row["verdicts"]]
-        p = fmean(given)
-        error = sqrt(p * (1 - p) / len(given))
-        verdicts[verdict] = {"percent": 100 * p, "standard_error": 100 * error}
+        verdicts[verdict] = {"percent": 100 * fmean(given), "standard_error": 100 * pstdev(given) / sqrt(len(given))}
     passes = {count: fmean(row["passes"][count] for row in rows) for count in rows[0]["passes"]}
     speed = sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows)
     return {"n": len(rows), "verdicts": verdicts, "passes": passes, "tokens_per_second": speed}
@@ -440,23 +419,22 @@ def report(name: str, samples: list[Sample], args) -> dict:
     rows = judge(name, samples, out, args.allow_code_execution)
     for sample, row in list(zip(samples, rows))[: args.show_answers]:
         print(f"{row['prompt']}  ->  {row['response']}    {row['verdicts'] or 'not judged'}")
-        if task.explain and (wrong := task.explain(sample.record, row["response"])):
-            print(f"    {wrong}")
+        suffix = sample.record.get("suffix", "")
+        if name in toy.SOURCES and (wrong := toy.explain(row["prompt"], row["response"], suffix)):
+            print("   ", wrong)
     summary = summarise(rows) | {"judge": task.check.__doc__}
     passes = [f"{mean:.1f} {count.replace('_', ' ')}" for count, mean in summary["passes"].items()]
-    speed = f"{summary['tokens_per_second']:.1f} tokens/s"
-    print(f"{name}, {len(rows)} samples:", *passes, speed, sep="   ")
+    print(f"{name}, {len(rows)} samples:", *passes, f"{summary['tokens_per_second']:.1f} tokens/s", sep="   ")
     for verdict, found in summary["verdicts"].items():
         print(f"    {verdict:21}", "{percent:5.1f} ± {standard_error:.1f} %".format(**found))
     if task.start and not args.allow_code_execution:
         print(f"    programs were written to {out} and not run; --allow_code_execution runs them")
-    elif task.start and not summary["verdicts"]:
-        print("    the file has no tests; evalplus has: pip install evalplus")
-    if task.start and args.allow_code_execution and args.limit is None and importlib.util.find_spec("evalplus"):
+    elif task.start and args.limit is None and importlib.util.find_spec("evalplus"):
         kinds = [kind for kind in TEXTS if rows[0][kind] is not None]
-        files = {kind: out / f"evalplus_{name}_{kind}.jsonl" for kind in kinds}
-        summary["evalplus"] = {kind: evalplus(name, file) for kind, file in files.items()}
+        summary["evalplus"] = {kind: evalplus(name, out / f"evalplus_{name}_{kind}.jsonl") for kind in kinds}
         print(f"    pass@1 by evalplus: {summary['evalplus']}")
+    elif not summary["verdicts"]:
+        print("    the file has no tests; evalplus has: pip install evalplus")
     return summary
 
 
@@ -464,60 +442,44 @@ def report(name: str, samples: list[Sample], args) -> dict:
 
 
 @torch.no_grad()
-def likelihood(model, tokenizer, args, texts: list[tuple[str, dict]]) -> dict:
+def likelihood(model, tokenizer, args, records: list[tuple[str, dict]]) -> dict:
     """How many bits the model needs for a byte of the texts (of responses, prompt and suffix given): the mean over
     draws of nats / ln 2 / bytes, and its standard error from their spread (of the noise, not of the texts' choice).
-
-    texts: (place, record in normal form). Raises ValueError for a text that the tokenizer does not give back.
-    """
+    records: (place, record in normal form); all corpus makes one text. Raises ValueError for a text that the tokenizer
+    does not give back."""
     method, examples, size, left_out = methods.of(model), [], 0, 0
     if not hasattr(method, "likelihood"):
         raise ValueError(f"--task {LIKELIHOOD}: {method.TITLE} does not say how likely a text is")
     length = min(args.max_length, model.config.max_positions)
-    for place, record in texts:
+    corpus = "".join(record.get("corpus", "") for _, record in records)
+    texts = [(place, record) for place, record in records if "corpus" not in record]
+    for place, record in texts + ([(args.data[LIKELIHOOD], {"corpus": corpus})] if corpus else []):
         text = record.get("text") or record.get("corpus") or record["response"]
-        sent, back = text.encode(), tokenizer.decode(tokenizer.encode(text)).encode()
-        if wrong := [i for i, (a, b) in enumerate(zip_longest(sent, back)) if a != b]:
-            near = sent[wrong[0] :][:20].decode(errors="ignore")
-            of = f"{len(wrong)} of {len(sent)} bytes, the first at {near!r}"
-            raise ValueError(f"{place}: {of}, do not come back from the tokenizer: it cannot write this text")
+        back = tokenizer.decode(tokenizer.encode(text))
+        if back != text:
+            lost = next((text[i:] for i, mark in enumerate(back) if text[i : i + 1] != mark), text[len(back) :])
+            raise ValueError(f"{place}: the tokenizer does not give the text back, from {lost[:20]!r} on")
         found = data.encode([record], tokenizer, max_length=length, recut=False).examples
         examples += found
-        size, left_out = size + len(sent) * bool(found), left_out + (not found)
+        size, left_out = size + len(text.encode()) * bool(found), left_out + (not found)
     if not examples:
-        raise ValueError(f"{texts[0][0]}: no record fits into {length} tokens; raise --max_length")
-    draws = torch.zeros(1 if getattr(method, "EXACT", False) else args.draws, dtype=torch.float64)
+        raise ValueError(f"{records[0][0]}: no record fits into {length} tokens; raise --max_length")
     flags = cli.Flags("")
     methods.training_flags(flags)  # paths and masks are drawn as in training
-    known = vars(methods.sampling_settings(method, args, model, tokenizer))
-    settings = argparse.Namespace(**vars(flags.parse_args([])) | known)
+    settings = methods.sampling_settings(method, args, model, tokenizer)
+    settings = argparse.Namespace(**vars(flags.parse_args([])) | vars(settings))
     rng = torch.Generator().manual_seed(args.seed)
-    starts = range(0, len(examples), args.batch_size)
-    for start in tqdm(starts, LIKELIHOOD, unit="batch"):
+    draws = torch.zeros(1 if getattr(method, "EXACT", False) else args.draws, dtype=torch.float64)
+    for start in tqdm(range(0, len(examples), args.batch_size), LIKELIHOOD, unit="batch"):
         batch = examples[start : start + args.batch_size]
-        for draw in range(len(draws)):
-            draws[draw] += method.likelihood(model, batch, settings, rng).sum().cpu()
+        draws += torch.stack([method.likelihood(model, batch, settings, rng).sum().cpu() for _ in draws])
     draws /= log(2) * size
-    error = float(draws.std() / sqrt(len(draws))) if len(draws) > 1 else 0.0
+    bits, error = float(draws.mean()), float(draws.std() / sqrt(len(draws))) if len(draws) > 1 else 0.0
+    relation = "exactly" if len(draws) == 1 else f"from {len(draws)} draws, at most"
+    print(f"{len(examples)} pieces, {size} bytes, {left_out} records too long:", relation, end=" ")
+    print(f"{bits:.4f} ± {error:.4f} bits per byte")
     sizes = {"bytes": size, "pieces": len(examples), "left_out": left_out, "draws": len(draws)}
-    return {"bits_per_byte": float(draws.mean()), "standard_error": error} | sizes
-
-
-def read_texts(source: str, limit: int | None) -> list[tuple[str, dict]]:
-    """(place, record in normal form) of the first `limit` records; all corpus makes one. Raises ValueError, OSError."""
-    texts, corpus = [], ""
-    lines = (line for file in data.data_files(source) for line in data.read_file(file))
-    for place, record in islice(lines, limit):
-        try:
-            texts.append((place, data.normalise(record)))
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        corpus += texts[-1][1].get("corpus", "")
-    texts = [(place, record) for place, record in texts if "corpus" not in record]
-    texts += [(source, {"corpus": corpus})] if corpus.strip() else []
-    if not texts:
-        raise ValueError(f"{source}: there is no text in it")
-    return texts
+    return {"bits_per_byte": bits, "standard_error": error} | sizes
 
 
 # ------------------------------------------------------------------------------------------------------- the script
@@ -547,58 +509,50 @@ def parse_args(argv=None):
     args = f.parse_args(argv)
     if len(args.task) == len(args.data) == 1 and not args.data[0].startswith(f"{args.task[0]}="):
         args.data = [f"{args.task[0]}={args.data[0]}"]
-    given = [item.partition("=")[::2] for item in args.data]
-    for name, path in given:
-        if not path or name not in args.task or name in toy.SOURCES or len(dict(given)) < len(given):
-            f.error(f"--data {name}={path}: expected TASK=PATH, once for a task that --task names and that reads data")
-    args.data = dict(given)
+    given, reading = dict(item.partition("=")[::2] for item in args.data), set(args.task) - set(toy.SOURCES)
+    if not all(given.values()) or not given.keys() <= reading or len(given) < len(args.data):
+        f.error(f"--data {' '.join(args.data)}: expected TASK=PATH, once for a task of --task that reads data")
+    args.data = given
     if LIKELIHOOD in args.task and (len(args.task) > 1 or not args.data):
         f.error(f"--task {LIKELIHOOD} stands alone and needs --data FILE")
     for name in [name for name in args.task if name not in args.data]:
-        file, published = (Path(args.data_dir or "", path) for path in (TASKS[name].file, TASKS[name].published))
-        local = published if published.is_file() else file
-        args.data[name] = str(local) if args.data_dir and TASKS[name].file else TASKS[name].hub
+        args.data[name] = TASKS[name].hub
+        if args.data_dir and TASKS[name].files:
+            local = [Path(args.data_dir, file) for file in TASKS[name].files]
+            args.data[name] = str(next(filter(Path.is_file, local), local[0]))
     return args
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    alone = args.task == [LIKELIHOOD]
-    which = args.limit, args.seed, args.system_prompt, (args.prompt_field, args.response_field)
+    out, alone = Path(args.output_dir), args.task == [LIKELIHOOD]
     if alone and rank > 0:
         return  # one process is enough
-    texts = read_texts(args.data[LIKELIHOOD], args.limit) if alone else []
-    samples = {} if alone else {name: load_samples(name, source, *which) for name, source in args.data.items()}
-    out = Path(args.output_dir)
+    which = args.limit, args.seed, args.system_prompt, (args.prompt_field, args.response_field)
+    texts = read(args.data[LIKELIHOOD], args.limit, data.normalise) if alone else []
+    samples = {name: load_samples(name, source, *which) for name, source in args.data.items() if not alone}
     checkpoints.check_writable(out / "summary.json", f"--output_dir {out}")
     for name in samples:
-        checkpoints.check_writable(out / f"{name}.rank{rank}.jsonl", f"--output_dir {out}")
         read_rows(name, out)  # raises for a broken file of an earlier run
     checkpoints.lock(out / f".rank{rank}.lock")
     checkpoint = checkpoints.local_path(args.path)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     args.bf16 = parallel.bf16_if_possible(args.bf16, device)
     model, tokenizer = checkpoints.open_for_inference(checkpoint, device, args.bf16)
-    if alone:
-        found = likelihood(model, tokenizer, args, texts)
-        relation = "exactly" if found["draws"] == 1 else f"from {found['draws']} draws, at most"
-        print("{pieces} pieces, {bytes} bytes, {left_out} records too long:".format(**found), relation, end=" ")
-        print("{bits_per_byte:.4f} ± {standard_error:.4f} bits per byte".format(**found))
-        return checkpoints.write_json(out / "summary.json", {"args": vars(args), "tasks": {LIKELIHOOD: found}})
     prepared = {name: prepare(model, tokenizer, args, name, samples[name]) for name in samples}
     for name, (settings, generate) in prepared.items():
         set_keys(samples[name], settings, checkpoint)
         answer_samples(name, samples[name], generate, out, rank, world, args.batch_size)
-    if world > 1:  # the only time that ranks talk to each other; one may be days behind
+    if world > 1 and not alone:  # the only time that ranks talk to each other; one may be days behind
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         dist.barrier()
         dist.destroy_process_group()
     if rank == 0:
-        tasks = {name: report(name, samples[name], args) for name in samples}
+        tasks = {LIKELIHOOD: likelihood(model, tokenizer, args, texts)} if alone else {}
+        tasks |= {name: report(name, samples[name], args) for name in samples}
         settings = {name: settings for name, (settings, _) in prepared.items()}
-        summary = {"args": vars(args), "settings": settings, "tasks": tasks}
-        checkpoints.write_whole(out / "summary.json", json.dumps(summary, indent=2, sort_keys=True) + "\n")
+        checkpoints.write_json(out / "summary.json", {"args": vars(args), "settings": settings, "tasks": tasks})
         print(f"answers, verdicts and summary written to {out}")
 
 

@@ -88,7 +88,7 @@ class Sampler:
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """A conversation as the model was trained to see it; without messages the beginning-of-text token alone."""
-        return data.encode_prompt(messages, self.tokenizer)
+        return data.encode_prompts([messages], self.tokenizer)[0]
 
     def generate(self, prompts, seeds, on_step=None, **given):
         """given: drafts, keep, suffixes."""

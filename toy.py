@@ -42,7 +42,7 @@ def prompts(split: str) -> list[str]:
         if verb == "gets" or b <= a
     ]
     every.sort(key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
-    return {"test": every[:HELD_OUT], "train": every[HELD_OUT:]}[split]
+    return every[:HELD_OUT] if split == "test" else every[HELD_OUT:]
 
 
 def _parse(prompt: str) -> tuple[dict, list[str]]:
@@ -103,10 +103,9 @@ def records(split: str, n: int | None, seed: int, kind: str = "toy") -> list[dic
         prompt = asked[order[i % len(asked)]]
         problem, templates = _parse(prompt)
         template = str(rng.choice(templates))
-        record = {"response": template.format(**problem), "draft": None}
-        if kind == "toy-repair":
-            record["draft"] = _draft(template, problem, rng)
-        elif kind == "toy-infill":
+        draft = _draft(template, problem, rng) if kind == "toy-repair" else None
+        record = {"response": template.format(**problem), "draft": draft}
+        if kind == "toy-infill":
             whole = words(record["response"])
             begin, end = sorted(rng.choice(len(whole), 2, replace=False))
             prompt = f"{prompt} {text(whole[:begin])}".strip()
@@ -117,8 +116,7 @@ def records(split: str, n: int | None, seed: int, kind: str = "toy") -> list[dic
 
 def _draft(template: str, problem: dict, rng: np.random.Generator) -> str:
     if rng.random() < 0.25:
-        wrong = (problem["c"] + int(rng.integers(1, 19))) % 19
-        return template.format(**problem | {"c": wrong})
+        return template.format(**problem | {"c": (problem["c"] + int(rng.integers(1, 19))) % 19})
     draft = words(template.format(**problem))
     for _ in range(rng.integers(1, 5)):
         at, kind = int(rng.integers(len(draft))), rng.choice(["replace", "insert", "delete"])

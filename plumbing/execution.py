@@ -5,13 +5,12 @@
 **The verdict** is given by a process in which the program never was. The program runs in one, the tests in another,
 where a stand-in takes the place of the function under test: a call sends its arguments to the first process, and the
 result comes back as plain data (JSON, from which numbers, texts, lists, tuples, sets, dicts and the like are built
-anew). The program sees neither the tests nor any object, file or memory of the process that judges: its `__eq__`, its
-patched builtins, its exit code and its frames stay on its own side, and all it can do is answer. Other objects cannot
-be arguments or results; a subclass counts as its plain base, any other iterable arrives as an iterator over its items.
+anew; a subclass as its plain base, any other iterable as an iterator, other objects not at all). The program sees
+neither the tests nor any object, file or memory of the process that judges: its `__eq__`, its patched builtins, its
+exit code and its frames stay on its own side, and all it can do is answer.
 
-Each process is a fresh interpreter in its own session, with an environment of six variables and an empty stdin. They
-share a fresh, empty directory that is removed afterwards, and a wall clock; output is thrown away. `run` starts this
-file again as a script for each of them, which confines itself before it executes anything.
+Each process is this file as a script: a fresh interpreter in its own session, with six variables and an empty stdin,
+which confines itself before it executes anything. They share a fresh directory, removed afterwards, and a wall clock.
 
 **The first line is the kernel's**, and needs no privileges.
 
@@ -63,8 +62,7 @@ REASON_LENGTH = 200  # characters of an error message
 def run(program: str, tests: str, function: str, timeout: float = TIMEOUT, memory: int = MEMORY) -> str | None:
     """Execute `program`, then `tests`, in which `function` names what the program defines and the tests call. Returns
     None where they end without an error, else what went wrong. timeout in seconds, memory in bytes. Raises OSError
-    where programs cannot be confined: that is no verdict on the program.
-    """
+    where programs cannot be confined: that is no verdict on the program."""
     if sys.platform != "linux":
         raise OSError(f"generated programs run on Linux only (their limits are the kernel's), not on {sys.platform}")
     task = {"program": program, "tests": tests, "function": function, "memory": memory, "cpu": int(timeout) + 1}
@@ -76,12 +74,13 @@ def run(program: str, tests: str, function: str, timeout: float = TIMEOUT, memor
     }  # fmt: skip
     python = [sys.executable, "-P", "-s", "-B", os.path.abspath(__file__)]  # -I, but with our variables
     options = {"cwd": home, "env": variables, "start_new_session": True, "stderr": subprocess.DEVNULL}
-    pipes, silent = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}, {"stdout": subprocess.DEVNULL}
+    pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
     ours, theirs = socket.socketpair()
+    number = ours.fileno()
     try:
         with (
-            subprocess.Popen([*python, str(ours.fileno())], pass_fds=[ours.fileno()], **pipes, **options) as judge,
-            subprocess.Popen(python, stdin=theirs, **silent, **options) as defendant,
+            subprocess.Popen([*python, str(number)], stdin=pipe, stdout=pipe, pass_fds=[number], **options) as judge,
+            subprocess.Popen(python, stdin=theirs, stdout=nowhere, **options) as defendant,
         ):
             ours.close(), theirs.close()  # so that each of the two sees the other one end
             try:
@@ -98,9 +97,7 @@ def run(program: str, tests: str, function: str, timeout: float = TIMEOUT, memor
 
 def _verdict(report: bytes) -> str | None:
     """What the judge's report says; it is empty where the judge was killed."""
-    if not report:
-        return "its tests ended without a verdict"
-    said = json.loads(report)
+    said = json.loads(report or '{"setup_error": "", "landlock": 1, "reason": "its tests ended without a verdict"}')
     if said["setup_error"]:
         raise OSError(f"cannot confine a generated program: {said['setup_error']}")
     if not said["landlock"]:  # Python shows a warning once
@@ -151,22 +148,18 @@ def _judge(link) -> None:
         base = base if isinstance(base, type) and issubclass(base, Exception) else Exception
         raise type(error[0], (base,), {"__init__": Exception.__init__, "__str__": Exception.__str__})(error[1])
 
-    report = {"setup_error": "", "landlock": 0, "reason": None}
+    report, place = {"setup_error": "", "landlock": 0, "reason": None}, "setup_error"
     try:
         report["landlock"] = _confine(task["memory"], task["cpu"])
-    except (OSError, ValueError) as error:
-        report["setup_error"] = str(error)
-    else:
+        place = "reason"
         module = sys.modules["tests"] = types.ModuleType("tests")  # dataclasses and pickle look theirs up
         vars(module)[task["function"]] = lambda *args, **kwargs: ask(encode([args, kwargs]))
-        try:
-            tests = compile(task.pop("tests"), "<tests>", "exec")
-            ask(task)
-            exec(tests, vars(module))
-        except BaseException as error:
-            report["reason"] = f"{type(error).__name__}: {error}".split("\n")[0][:REASON_LENGTH]
-    json.dump(report, out)
-    out.flush()
+        tests = compile(task.pop("tests"), "<tests>", "exec")
+        ask(task)
+        exec(tests, vars(module))
+    except BaseException as error:
+        report[place] = f"{type(error).__name__}: {error}".split("\n")[0][:REASON_LENGTH]
+    print(json.dumps(report), file=out, flush=True)
     os._exit(0)
 
 
@@ -249,10 +242,7 @@ def _become_nobody(call) -> None:
 
 def _landlock(call, home: str) -> int:
     """Deny every change to the file system outside `home`, reading outside it and the libraries, every execve, TCP, and
-    signals to the outside.
-
-    The bits are those of linux/landlock.h; a version knows the bits of the versions before it.
-    """
+    signals to the outside. The bits are those of linux/landlock.h; a version knows those of the versions before it."""
     create_ruleset, add_rule, restrict_self = 444, 445, 446  # the same numbers on every architecture
     try:
         version = call("syscall", create_ruleset, None, 0, 1)

@@ -68,8 +68,8 @@ def render(template: str, contexts: list[dict]) -> list[str]:
     command = [sys.executable, "-P", os.path.abspath(__file__)]
     done = subprocess.run(command, input="".join(lines), capture_output=True, encoding="utf-8")
     if done.returncode:
-        reason = done.stderr.strip() or f"it was ended with status {done.returncode}"
-        reason = f"more than {SECONDS} s for one dialogue" if done.returncode == -signal.SIGPROF else reason
+        slow = done.returncode == -signal.SIGPROF and f"more than {SECONDS} s for one dialogue"
+        reason = slow or done.stderr.strip() or f"it was ended with status {done.returncode}"
         raise ValueError(f"the chat template fails on these messages: {reason}")
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -91,8 +91,7 @@ def _compile(template: str) -> jinja2.Template:
 
     loops = ["jinja2.ext.loopcontrols"]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda f: datetime.now().strftime(f)}
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     return environment.from_string(template)
 

@@ -95,18 +95,18 @@ class Tokenizer:
             if type(error).__module__ != "pyo3_runtime":
                 raise
             raise ValueError(f"the tokenizer fails on a text: {error}") from None
-        names = self._controls()
+        names = {} if control else self._controls()
         for n, row in enumerate(rows):
-            if not control and not names.keys().isdisjoint(row):  # words of the vocabulary: now letter by letter
+            if not names.keys().isdisjoint(row):  # words of the vocabulary: now letter by letter
                 spelt = [[self._id(letter, "unk_token") for letter in names[i]] if i in names else [i] for i in row]
                 rows[n] = [i for letters in spelt for i in letters if i is not None]
         return rows
 
     def _controls(self) -> dict[int, str]:
+        """{id: token}, without that for unknown words, and without a single letter, which stands for itself."""
         unknown = self._id("unk_token", "[UNK]", "<unk>")
-        tokens = self.backend.get_added_tokens_decoder()
-        named = {i: token.content for i, token in tokens.items() if token.special and i != unknown}
-        return {i: name for i, name in named.items() if len(name) > 1}  # a single letter is one
+        tokens = self.backend.get_added_tokens_decoder().items()
+        return {i: t.content for i, t in tokens if t.special and i != unknown and len(t.content) > 1}
 
     def _cut(self) -> re.Pattern:
         """Splits a text into texts, at even places, and the control tokens between them."""
@@ -139,7 +139,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the largest id: the rows that an embedding must have."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.backend.get_vocab().values()) + 1
 
     def _id(self, *names: str) -> int | None:
         """The first of these tokens that there is; "bos_token" and the like stand for what the config says."""
@@ -175,14 +175,9 @@ class Tokenizer:
                 self.config[f"{role}_token"] = name
         return added
 
-    def chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """[{"role": ..., "content": ...}, ...] as one text, up to where the assistant speaks next.
-
-        Raises ValueError when there is no chat template or when it rejects the messages.
-        """
-        return self._render([messages], add_generation_prompt)[0]
-
-    def _render(self, dialogues: list, add_generation_prompt: bool = True) -> list[str]:
+    def write_chats(self, dialogues: list[list[dict]], add_generation_prompt: bool = True) -> list[str]:
+        """Dialogues [{"role": ..., "content": ...}, ...] as texts, up to where the assistant speaks next. Raises
+        ValueError when there is no chat template or when it rejects the messages."""
         if not self.chat_template:
             raise ValueError("the tokenizer has no chat template: pass --chat_template False, or add the template")
         common = _special_names(self.config) | {"tools": None, "documents": None}
@@ -195,7 +190,7 @@ class Tokenizer:
         Before the template sees it, each control token in a message is broken by a character that occurs nowhere else,
         and so is the beginning of one at a message's end. (Not covered: a template that takes characters out of the
         middle of messages can join what was apart; and the name of a role may complete a token that a template begins.)
-        Where no message speaks of control tokens, the ids are those of the whole text. Raises ValueError as `chat`.
+        Where no message speaks of control tokens, the ids are those of the whole text. Raises ValueError, too.
         """
         names, cut = self._controls(), self._cut()
         beginnings = {name[:k] for name in names.values() for k in range(1, len(name))}
@@ -213,7 +208,7 @@ class Tokenizer:
 
         if not self.raw_control_tokens:
             dialogues = [[{key: break_up(m[key]) for key in m} for m in messages] for messages in dialogues]
-        texts = self._render(dialogues)
+        texts = self.write_chats(dialogues)
         rows = self.encode_batch(texts, control=True)
         for n, text in enumerate(texts):
             parts = cut.split(text)
@@ -261,16 +256,13 @@ class SentencePiece:
 
     def decode(self, ids, skip_special_tokens=True) -> str:
         ids = [i for i in ids if not (skip_special_tokens and i in self.names)]
-        parts = []
-        for is_special, run in groupby(ids, key=self.names.__contains__):
-            part = list(run)
-            parts += map(self.names.get, part) if is_special else [self.model.decode(part)]
-        return "".join(parts)
+        runs = groupby(ids, key=self.names.get)  # a special token's name, or None
+        return "".join(name * len(list(run)) if name else self.model.decode(list(run)) for name, run in runs)
 
     def token_to_id(self, token: str) -> int | None:
         return self.vocab.get(token)
 
-    def get_vocab(self, with_added_tokens=True) -> dict[str, int]:
+    def get_vocab(self) -> dict[str, int]:
         return self.vocab
 
     def get_added_tokens_decoder(self) -> dict[int, AddedToken]:
@@ -289,12 +281,11 @@ def load_tokenizer(directory, backend=None) -> Tokenizer:
     names = _special_names(read_json(directory / "special_tokens_map.json")) | _special_names(config)
     backend = backend or _load_backend(directory)
     try:
-        for token in [added[i]["content"] for i in sorted(added, key=int)]:
-            if backend.token_to_id(token) is None:
-                backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        late = [added[i]["content"] for i in sorted(added, key=int)]
+        late = [AddedToken(name, special=True, normalized=False) for name in late if backend.token_to_id(name) is None]
         known = backend.get_added_tokens_decoder().values()
         control = {*names.values(), *MASK_NAMES, *MESSAGE_TOKENS, *END_OF_MESSAGE, DEL_TOKEN}
-        backend.add_special_tokens([token for token in known if token.content in control and not token.special])
+        backend.add_special_tokens(late + [t for t in known if t.content in control and not t.special])
         if isinstance(template, list):  # of several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         template = written.read_text(encoding="utf-8") if written.exists() else template
@@ -359,7 +350,7 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
     Numbers are split into digits, which arithmetic needs. Raises ValueError when `vocab_size` has no room for the 256
     bytes and the special tokens.
     """
-    special = [*SPECIAL_TOKENS.values(), "<|im_start|>", "<|im_end|>"]
+    special = [*SPECIAL_TOKENS.values(), *MESSAGE_TOKENS]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     least = len(special) + len(alphabet)
     if vocab_size < least:
@@ -369,9 +360,8 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.decoder = decoders.ByteLevel()
     options = {"special_tokens": special, "initial_alphabet": sorted(alphabet), "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, **options)
     pieces = (piece for text in texts for piece in LONG_RUN.sub("\\1\0", text).split("\0"))
-    backend.train_from_iterator(pieces, trainer)
+    backend.train_from_iterator(pieces, trainers.BpeTrainer(vocab_size=vocab_size, **options))
     return Tokenizer(backend, NEW_CONFIG, CHAT_TEMPLATE)
 
 

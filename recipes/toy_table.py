@@ -79,7 +79,8 @@ class Decoder:
     def __init__(self, directory: Path):
         self.model, self.tokenizer = checkpoints.load(str(directory)).eval(), load_tokenizer(directory)
         self.questions = toy.prompts("test")
-        self.prompts = [data.encode_prompt([{"role": "user", "content": q}], self.tokenizer) for q in self.questions]
+        dialogues = [[{"role": "user", "content": question}] for question in self.questions]
+        self.prompts = data.encode_prompts(dialogues, self.tokenizer)
         self.tokens = methods.special_tokens(medlm, self.tokenizer)
 
     def score(self, on_step=None, **settings) -> list[float]:

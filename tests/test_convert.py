@@ -306,7 +306,7 @@ def test_medlm_from_llada_puts_its_tokens_on_the_published_ids(tmp_path, capsys)
     tokenizer, model = load_tokenizer(out), checkpoints.load(out)
     assert methods.special_tokens(medlm, tokenizer) == {"mask": 126336, "pad": 126081, "del": 126084, "eos": 126085}
     assert tokenizer.encode("<|im_start|>t7<|im_end|><|del|>", control=True) == [126086, 7, 126085, 126084]
-    assert tokenizer.chat([{"role": "user", "content": "t3"}]).startswith("<|startoftext|>")
+    assert tokenizer.write_chats([[{"role": "user", "content": "t3"}]])[0].startswith("<|startoftext|>")
     assert torch.equal(model.lm_head.weight, tensors["model.transformer.ff_out.weight"])  # no row added or changed
     assert torch.equal(model.next_token_head.weight, model.lm_head.weight)
     assert "<|del|> = 126084" in capsys.readouterr().out
@@ -424,7 +424,7 @@ def test_encoders_speak_in_questions_and_answers(tmp_path, family, cls, sep):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (cls, sep)
     assert tokenizer.mask_id == 4
     assert tokenizer.vocab_size == 42  # nothing was missing
-    text = tokenizer.chat([{"role": "user", "content": "w1"}])
+    text = tokenizer.write_chats([[{"role": "user", "content": "w1"}]])[0]
     assert text == "[Question]\nw1\n[/Question]\n\n[Answer]\n", "as the published Edit Flows system writes it"
 
 

@@ -99,10 +99,8 @@ def test_a_configuration_of_a_dataset_is_chosen_by_name(tmp_path, monkeypatch):
 
 
 def test_broken_specs():
-    for spec in ("a[name:]", "a[name:b,name:c]", "a[name:b c]"):
-        with pytest.raises(ValueError, match=r"dataset spec .* write name\["):
-            data.parse_spec(spec)
-    for spec in ("", "a + ", "a[train]", "a[train:x]", "a[train:1,train:2]", "a[dev:3]", "a[test:-1]", "a[]b", "a[]"):
+    counts = ("", "a + ", "a[train]", "a[train:x]", "a[train:1,train:2]", "a[dev:3]", "a[test:-1]", "a[]b", "a[]")
+    for spec in (*counts, "a[name:]", "a[name:b,name:c]", "a[name:b c]"):
         with pytest.raises(ValueError, match=r"dataset spec .* write name\["):
             data.parse_spec(spec)
 
@@ -135,8 +133,7 @@ FORM_CASES = [
     ("instruction/input/output", {"instruction": "Q", "input": "", "output": "A", "text": "all of it"}, ANSWER),
     ("instruction/input/output", {"instruction": "Q", "input": None, "output": "A"}, ANSWER),
     (
-        "instruction/input/output",
-        {"instruction": "Q", "input": "I", "output": "A"},
+        "instruction/input/output", {"instruction": "Q", "input": "I", "output": "A"},
         ANSWER | {"messages": [{"role": "user", "content": "Q\n\nI"}]},
     ),
 ]
@@ -184,7 +181,7 @@ def test_question_and_answer_fields_can_be_named(tmp_path):
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
 def test_all_formats_hold_the_same_records(packed, tmp_path):
-    rows = [{"question": f"Q{i}, \"so\"", "answer": f"A\n{i}"} for i in range(5)]
+    rows = [{"question": f'Q{i}, "so"', "answer": f"A\n{i}"} for i in range(5)]
     table = data.io.StringIO()
     writer = csv.DictWriter(table, ["question", "answer"])
     writer.writeheader()
@@ -438,24 +435,24 @@ def test_held_out_files_and_texts(tmp_path):
 def test_dialogues_become_prompt_and_response(bpe):
     record = {"messages": DIALOGUE, "response": "12 bottles", "draft": "13 beer"}
     [example] = data.encode([record], bpe, max_length=200).examples
-    assert bpe.decode(example.prompt, skip_special=False) == bpe.chat(DIALOGUE)
+    assert bpe.decode(example.prompt, skip_special=False) == bpe.write_chats([DIALOGUE])[0]
     assert bpe.decode(example.response, skip_special=False) == "12 bottles<|im_end|>"
     assert bpe.decode(example.draft, skip_special=False) == "13 beer<|im_end|>"
-    assert example.prompt == data.encode_prompt(DIALOGUE, bpe)
+    assert example.prompt == data.encode_prompts([DIALOGUE], bpe)[0]
     without = Tokenizer(bpe.backend, bpe.config, bpe.chat_template)
     without.configure(chat_template=False)
     [raw] = data.encode([record], without, max_length=200, insert_eos=False).examples
     text = 'Be brief.\nHow many bottles?\n\n 12 \nUnd "größer"?'
     assert bpe.decode(raw.prompt, skip_special=False) == "<|bos|>" + text
     assert bpe.decode(raw.response, skip_special=False) == "12 bottles"
-    assert data.encode_prompt([], bpe) == [bpe.bos_id]
+    assert data.encode_prompts([[]], bpe)[0] == [bpe.bos_id]
 
 
 def test_too_long_samples_are_left_out_and_their_lengths_kept(bpe):
     def sample(n, draft=None):
         return {"messages": USER, "response": "1" * n, "draft": draft}
 
-    prompt = len(data.encode_prompt(USER, bpe))
+    prompt = len(data.encode_prompts([USER], bpe)[0])
     records = [sample(n) for n in (1, 9, 10, 50)] + [sample(1, draft="1" * 10)]
     kept = data.encode(records, bpe, max_length=prompt + 10)
     assert ([len(e.response) for e in kept.examples], len(kept)) == ([2, 10], 2)

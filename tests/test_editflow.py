@@ -1,180 +1,54 @@
-"""What editflow.py promises, proven on chains small enough to enumerate.
-
-The oracle is plain Python: `columns` (the canonical alignment, from its definition), `outcomes` (every x_t with its
-probability and its remaining edits), `posterior` (the true rates: expected edit counts given x_t) and `run_chain` (the
-exact distribution of the texts that tau-leaping with given rates ends in). path, loss and sample must agree with it.
-"""
+"""What editflow.py promises of its schedules, sources, paths, loss and sampler, held to the oracle of chains.py."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from chains import (
+    BOS,
+    CORRECTED,
+    DATA,
+    KAPPA,
+    MASK,
+    PROMPT,
+    PROMPTS,
+    STARTS,
+    SUFFIX,
+    TEXT,
+    Steps,
+    Tabular,
+    V,
+    as_batch,
+    chi_square,
+    distance,
+    draw_texts,
+    every_path,
+    frozen_states,
+    knowing,
+    outcomes,
+    posterior,
+    random_alignments,
+    real_model,
+    run_chain,
+    sample,
+    seeded,
+    table_of,
+    true_rates,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import editflow
-import models
-from editflow import PathBatch, parse_schedule, parse_source, path
-from ragged import DEL, GAP, KEEP, SUB, Ragged, apply_edits, stratified
+from editflow import parse_schedule, parse_source, path
+from ragged import ANCHOR, DEL, FREE, GAP, KEEP, SUB, Ragged, apply_edits, stratified
 
 quick = settings(deadline=None, max_examples=60)
 few = settings(deadline=None, max_examples=20)
-
-V = 8  # vocabulary: letters 1 to 4, MASK, BOS
-MASK, BOS = 6, 7
-PROMPT = (BOS, 5)
-LETTERS = st.integers(1, 4)
-TEXT = st.lists(LETTERS, max_size=4)
-PROMPTS = st.lists(st.integers(1, 7), min_size=1, max_size=3)
-
-DATA = {(1, 2): 5, (2, 1): 4, (1,): 3, (1, 2, 3): 3, (): 1}  # sixteenths
-DATA = {x1: n / 16 for x1, n in DATA.items()}
-STARTS = {"empty": (), "masks": (MASK, MASK), "draft": (2, 3, 3)}
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def sample(model, prompts, x0, **options):
-    """`editflow.sample` with the schedule that the test model carries."""
-    return editflow.sample(model, prompts, x0, schedule=parse_schedule(model.schedule), **options)
-
-
-# ---------------------------------------------------------------------------------------------------- the oracle
-
-
-@functools.cache
-def distance(a, b):
-    if not a or not b:
-        return len(a) + len(b)
-    return min(distance(a[1:], b[1:]) + (a[0] != b[0]), distance(a[1:], b) + 1, distance(a, b[1:]) + 1)
-
-
-def columns(a, b):
-    """The canonical alignment of two tuples: [(symbol of a or None, symbol of b or None), ...]."""
-    if not a and not b:
-        return []
-    d = distance(a, b)
-    if a and b and d == distance(a[1:], b[1:]) + (a[0] != b[0]):  # KEEP if equal, else SUB
-        return [(a[0], b[0]), *columns(a[1:], b[1:])]
-    if a and d == distance(a[1:], b) + 1:
-        return [(a[0], None), *columns(a[1:], b)]
-    return [(None, b[0]), *columns(a, b[1:])]
-
-
-def half_way(prompt, aligned, flips):
-    """(x_t with its prompt, remaining edits): an edit is (kind, row of x_t, token), a deletion's token is None."""
-    text, edits = list(prompt), []
-    for (old, new), flipped in zip(aligned, flips):
-        now = new if flipped else old
-        if now is not None:
-            text.append(now)
-        if now != new:
-            kind = "ins" if now is None else "del" if new is None else "sub"
-            edits.append((kind, len(text) - 1, new))
-    return tuple(text), tuple(edits)
-
-
-def outcomes(prompt, x0, x1, kappa):
-    """{(x_t, remaining edits): probability}, from all 2^columns patterns of flips."""
-    aligned, law = columns(tuple(x0), tuple(x1)), Counter()
-    for flips in itertools.product((0, 1), repeat=len(aligned)):
-        law[half_way(prompt, aligned, flips)] += kappa ** sum(flips) * (1 - kappa) ** (len(flips) - sum(flips))
-    return law
-
-
-def posterior(x0, kappa, data=None, prompt=PROMPT):
-    """{x_t: (probability of x_t, {(kind, row, token): expected number of such remaining edits given x_t})}."""
-    mass, counts = Counter(), {}
-    for x1, p in (data or DATA).items():
-        for (text, edits), q in outcomes(prompt, x0, x1, kappa).items():
-            mass[text] += p * q
-            for edit in edits:
-                counts.setdefault(text, Counter())[edit] += p * q
-    return {x: (m, {e: c / m for e, c in counts.get(x, {}).items() if c > 0}) for x, m in mass.items() if m > 0}
-
-
-KAPPA = {"linear": lambda t: t, "cubic": lambda t: t**3}
-
-
-@functools.cache
-def rates_at(start, name, t):
-    # just before 1 instead of at 1, where texts that are not finished have no posterior
-    return {x: counts for x, (_, counts) in posterior(STARTS[start], KAPPA[name](min(t, 1 - 1e-6))).items()}
-
-
-def run_chain(start, name, steps):
-    """The exact law of the final response under tau-leaping with the true rates."""
-    law = {PROMPT + STARTS[start]: 1.0}
-    for k in range(steps):
-        now, then = KAPPA[name](k / steps), KAPPA[name]((k + 1) / steps)
-        q = (then - now) / (1 - now)
-        after = Counter()
-        for text, p in law.items():
-            for new, p_new in one_step(text, rates_at(start, name, k / steps).get(text, {}), q).items():
-                after[new] += p * p_new
-        law = after
-    return {text[len(PROMPT) :]: p for text, p in law.items()}
-
-
-def one_step(text, counts, q):
-    law = {(): 1.0}
-    for row, token in enumerate(text):
-        change = {((), e[2])[e[0] == "sub"]: c for e, c in counts.items() if e[1] == row and e[0] != "ins"}
-        insert = {e[2]: c for e, c in counts.items() if e[1] == row and e[0] == "ins"}
-        after = Counter()
-        for (kept, p), (added, r) in itertools.product(fired(change, q, token), fired(insert, q, ())):
-            for old, mass in law.items():
-                after[old + tuple(z for z in (kept, added) if z != ())] += mass * p * r
-        law = after
-    return law
-
-
-def fired(options, q, otherwise):
-    """[(what happens, probability)]: one of the options with probability min(1, q * their sum)."""
-    total = sum(options.values())
-    happens = min(1.0, q * total)
-    return [(otherwise, 1 - happens), *((what, happens * c / total) for what, c in options.items())]
-
-
-def test_the_oracle_is_a_probability_law_and_its_chain_reaches_the_data_at_first_order():
-    for start, name in itertools.product(STARTS, KAPPA):
-        states = posterior(STARTS[start], 0.37)
-        assert math.isclose(sum(p for p, _ in states.values()), 1)
-        error = {}
-        for steps in (16, 32, 64):
-            law = run_chain(start, name, steps)
-            assert math.isclose(sum(law.values()), 1, rel_tol=1e-9)
-            error[steps] = sum(abs(law.get(x, 0) - DATA.get(x, 0)) for x in law.keys() | DATA.keys()) / 2
-        assert error[64] < 0.05
-        assert 1.6 < error[16] / error[32] < 2.6
-        assert 1.6 < error[32] / error[64] < 2.6
-
-
-def chi_square(counts, law):
-    """p-value of observed counts under a law; categories expected fewer than five times are taken together."""
-    n = sum(counts.values())
-    common = {x for x, p in law.items() if n * p >= 5}
-    cells = [(counts.get(x, 0), n * law[x]) for x in common]
-    rest = (n - sum(c for c, _ in cells), n - sum(e for _, e in cells))
-    if rest[1] > 0.5 or rest[0] > 0:
-        cells.append((rest[0], max(rest[1], 0.5)))  # half an outcome where the law says "never"
-    statistic = sum((c - e) ** 2 / e for c, e in cells)
-    return survival(statistic, len(cells) - 1)
-
-
-def survival(statistic, df):
-    return (
-        1.0 if df == 0 else float(torch.special.gammaincc(torch.tensor(df / 2).double(), torch.tensor(statistic / 2)))
-    )
 
 
 # ---------------------------------------------------------------------------------------------------- schedules
@@ -292,12 +166,9 @@ def edits_of(batch):
     """The remaining edits of every sequence of a PathBatch, as `half_way` writes them, by row."""
     x = batch.x
     edits = [[] for _ in range(len(x))]
-    listed = [("sub", r, v) for r, v in zip(batch.sub_row.tolist(), batch.sub_token.tolist())]
-    listed += [("del", r, None) for r in batch.del_row.tolist()]
-    listed += [("ins", r, v) for r, v in zip(batch.ins_row.tolist(), batch.ins_token.tolist())]
     where, position = x.batch.tolist(), x.positions.tolist()
-    for kind, row, token in listed:
-        edits[where[row]].append((kind, position[row], token))
+    for row, kind, token in zip(batch.row.tolist(), batch.kind.tolist(), batch.token.tolist()):
+        edits[where[row]].append((("sub", "del", "ins")[kind], position[row], None if token == GAP else token))
     return edits
 
 
@@ -318,25 +189,30 @@ def canonical(edits):
     return tuple(sorted(edits, key=lambda e: (e[1], e[0])))
 
 
-SEQUENCE = st.tuples(PROMPTS, TEXT, TEXT, st.sampled_from([0.0, 1.0]) | st.floats(0, 1))
+SEQUENCE = st.tuples(PROMPTS, TEXT, TEXT, st.sampled_from([0.0, 1.0]) | st.floats(0, 1), SUFFIX)
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(SEQUENCE, min_size=1, max_size=4), st.integers(0, 2**40))
 def test_path_draws_an_enumerated_state_whose_remaining_edits_give_x1(batch, seed):
-    prompts, x0, x1, t = (list(z) for z in zip(*batch))
-    got = path(prompts, x0, x1, torch.tensor(t, dtype=torch.float64), parse_schedule("linear"), seeded(seed))
-    assert got.prompt_len.tolist() == list(map(len, prompts))
+    prompts, x0, x1, t, suffixes = (list(z) for z in zip(*batch))
+    times, linear = torch.tensor(t, dtype=torch.float64), parse_schedule("linear")
+    got = path(prompts, x0, x1, times, linear, seeded(seed), suffixes=suffixes, normalize="length")
     assert got.norm.tolist() == [max(1, len(s)) for s in x1]
-    torch.testing.assert_close(got.t, torch.tensor(t, dtype=torch.float32))
+    torch.testing.assert_close(got.s, 1 - torch.tensor(t, dtype=torch.float32))
+    torch.testing.assert_close(got.w, linear.weight(times).float())
+    torch.testing.assert_close(got.rate, got.w[got.x.batch[got.row]])
     for b, (text, edits) in enumerate(zip(got.x.unpack(), edits_of(got))):
-        law = outcomes(prompts[b], x0[b], x1[b], t[b])
+        law = outcomes(prompts[b], x0[b], x1[b], t[b], suffixes[b])
         assert (tuple(text), canonical(edits)) in {(x, canonical(e)) for (x, e), p in law.items() if p > 0}
-        assert apply_all(text, edits) == prompts[b] + x1[b]
-        last = len(prompts[b]) - 1
-        assert all(row > last or (row == last and kind == "ins") for kind, row, _ in edits)
+        assert apply_all(text, edits) == prompts[b] + x1[b] + suffixes[b]
+        assert got.edits[b] == distance(tuple(x0[b]), tuple(x1[b]))
+        length = len(text) - len(prompts[b]) - len(suffixes[b])
+        frozen = frozen_states(prompts[b], length, suffixes[b])
+        assert got.x.frozen[got.x.batch == b].tolist() == frozen
+        assert all(frozen[row] == FREE or (frozen[row] == ANCHOR and kind == "ins") for kind, row, _ in edits)
         if t[b] in (0, 1):
-            assert text == prompts[b] + (x1 if t[b] else x0)[b]
+            assert text == prompts[b] + (x1 if t[b] else x0)[b] + suffixes[b]
             assert edits == [] or t[b] == 0
 
 
@@ -375,56 +251,86 @@ def test_times_are_stratified_and_stay_below_1():
     assert abs(first.mean() - 0.5) < 4 / math.sqrt(12 * 400)
 
 
+@pytest.mark.parametrize(("x0", "x1"), [("1234", "12"), ("12", "3412"), ("1", "")])
+def test_random_alignments_are_shuffled_and_leave_all_but_the_responses_as_they_are(x0, x1):
+    n, x0, x1 = 3000, tuple(map(int, x0)), tuple(map(int, x1))
+    texts = ([PROMPT, side, (3,)] * n for side in (x0, x1))
+    z0, z1, columns = editflow.random_columns(*texts, 0.5, seeded(1))
+    z0, z1 = (z.split(columns.tolist()) for z in (z0, z1))
+    pairs = [
+        tuple(tuple(None if v == GAP else v for v in p) for p in zip(a.tolist(), b.tolist())) for a, b in zip(z0, z1)
+    ]
+    assert set(pairs[0::3]) == {tuple(zip(PROMPT, PROMPT))}
+    assert set(pairs[2::3]) == {((3, 3),)}
+    law = random_alignments(x0, x1)
+    assert set(pairs[1::3]) <= law.keys()
+    assert chi_square(Counter(pairs[1::3]), law) > 1e-3
+
+
 # ---------------------------------------------------------------------------------------------------- loss
 
 
 class Tiny(nn.Module):
-    """A small model with the interface of editflow.Model: each token sees the mean of its own sequence, and t."""
+    """A small backbone: each token sees the mean of its own sequence."""
 
-    def __init__(self, seed=0, vocab=V, rate_bias=0.0):
+    def __init__(self, D):
         super().__init__()
-        torch.manual_seed(seed)
-        D = 12
-        self.schedule = "linear"
-        self.embed, self.mix = nn.Embedding(vocab, D), nn.Linear(D, D)
-        self.rate_heads = nn.Sequential(nn.Linear(D, 3), nn.Softplus())
-        self.sub_logits, self.ins_logits = nn.Linear(D, vocab), nn.Linear(D, vocab, bias=False)
-        nn.init.constant_(self.rate_heads[0].bias, rate_bias)
+        self.embed, self.mix = nn.Embedding(V, D), nn.Linear(D, D)
 
-    def forward(self, x, t):
+    def forward(self, x):
         h = self.embed(x.ids)
         mean = torch.zeros(len(x), h.shape[1], dtype=h.dtype).index_add_(0, x.batch, h) / x.lengths[:, None].clamp(
             min=1
         )
         place = torch.sin(x.positions[:, None] * torch.arange(1.0, h.shape[1] + 1))
-        return torch.tanh(h + self.mix(mean)[x.batch] + place + t[x.batch][:, None])
+        return torch.tanh(h + self.mix(mean)[x.batch] + place)
 
 
-def plain_loss(model, batch, w, lengths=None):
+def tiny_model(seed=0, clock=False, rate_bias=0.0):
+    """editflow.Model with random weights everywhere."""
+    torch.manual_seed(seed)
+    model = editflow.Model(Tiny(12), 12, V, bias=True, stored={"clock": clock})
+    nn.init.constant_(model.rate_heads[0].bias, rate_bias)
+    if clock:
+        nn.init.normal_(model.clock.weight, std=0.3)
+    return model
+
+
+def plain_heads(model, h, s):
+    """What the heads say of one text, in float64: rates [T, 3], log-probabilities [T, V] of what is substituted and
+    inserted. h [T, D]; s: the survival."""
+    h, p = h.double(), {name: value.double() for name, value in model.named_parameters()}
+    if model.has_clock:
+        scale, shift = (p["clock.weight"] @ torch.tensor([s**k for k in (0.25, 0.5, 1, 2)]).double()).chunk(2)
+        h = h * (1 + scale) + shift
+    linear = lambda name: h @ p[f"{name}.weight"].T + p[f"{name}.bias"]  # noqa: E731
+    rate = F.softplus(linear("rate_heads.0"))
+    if model.has_clock:  # the odds that something remains, times s, as a probability
+        odds = linear("odds").exp() * s
+        rate = rate * odds / (1 + odds)
+    return rate, {"sub": linear("sub_logits").log_softmax(-1), "ins": linear("ins_logits").log_softmax(-1)}
+
+
+def plain_loss(model, batch, cases, w, kappa, lengths):
     """The header's formula in float64, token by token, from full tables of rates and log-probabilities."""
-    hidden = model(batch.x, batch.t).double()
-    rate = F.softplus(F.linear(hidden, *(p.double() for p in model.rate_heads[0].parameters())))
-    log_q = {}
-    for kind, head in (("sub", model.sub_logits), ("ins", model.ins_logits)):
-        log_q[kind] = F.linear(hidden, *(p.double() for p in head.parameters())).log_softmax(-1)
-    column = {"sub": 0, "del": 1, "ins": 2}
-    total, start = 0.0, 0
-    for b, (text, edits) in enumerate(zip(batch.x.unpack(), edits_of(batch))):
-        prompt = int(batch.prompt_len[b])
-        value = rate[start + prompt - 1, 2]
-        for i in range(prompt, len(text)):
-            value = value + rate[start + i].sum()
+    hidden, column = model(batch.x).split(batch.x.lengths.tolist()), {"sub": 0, "del": 1, "ins": 2}
+    total = 0.0
+    for case, h, text, edits, length in zip(cases, hidden, batch.x.unpack(), edits_of(batch), lengths):
+        prompt, _, _, t, *suffix = case
+        rate, log_q = plain_heads(model, h, 1 - kappa(t))
+        end = len(text) - sum(map(len, suffix))
+        value = rate[len(prompt) - 1, 2] + rate[len(prompt) : end].sum()
         for kind, row, token in edits:
-            value = value - rate[start + row, column[kind]].log()
+            value = value - rate[row, column[kind]].log()
             if token is not None:
-                value = value - log_q[kind][start + row, token]
-        total = total + w(float(batch.t[b])) * value / (max(1, lengths[b]) if lengths else 1)
-        start += len(text)
-    return total / len(batch.x)
+                value = value - log_q[kind][row, token]
+        total = total + w(t) * value / length
+    return total / len(cases)
 
 
-def draw_batch(batch, seed=0, name="linear", **options):
-    prompts, x0, x1, t = (list(z) for z in zip(*batch))
+def draw_batch(cases, seed=0, name="linear", **options):
+    prompts, x0, x1, t, *suffixes = (list(z) for z in zip(*cases))
+    options |= {"suffixes": suffixes[0]} if suffixes else {}
     return path(prompts, x0, x1, torch.tensor(t), parse_schedule(name), seeded(seed), **options)
 
 
@@ -439,17 +345,20 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("clock", [False, True])
+@pytest.mark.parametrize("normalize", editflow.NORMALIZERS)
 @pytest.mark.parametrize(("name", "max_w"), [("linear", 20.0), ("cubic", 2.0)])
-def test_loss_equals_the_plain_version_in_value_and_gradient(normalize, name, max_w):
+def test_loss_equals_the_plain_version_in_value_and_gradient(normalize, name, max_w, clock):
     formula = {"linear": lambda t: 1 / (1 - t), "cubic": lambda t: 3 * t**2 / (1 - t**3)}[name]
+    length = [max(1, len(x1)) for _, _, x1, _ in MIXED]
+    n = len(MIXED)
+    norm = {"length": length, "batch": [sum(length) / n] * n, "constant": [1] * n}[normalize]
     seen = set()
-    for seed in range(6):
-        batch, model = draw_batch(MIXED, seed, name, normalize=normalize, max_w=max_w), Tiny(seed)
+    for seed in range(4):
+        batch, model = draw_batch(MIXED, seed, name, normalize=normalize, max_w=max_w), tiny_model(seed, clock)
         seen |= {kind for edits in edits_of(batch) for kind, _, _ in edits}
         got, parts = editflow.loss(model, batch)
-        lengths = [len(x1) for _, _, x1, _ in MIXED] if normalize else None
-        expected = plain_loss(model, batch, lambda t: min(max_w, formula(t)), lengths)
+        expected = plain_loss(model, batch, MIXED, lambda t: min(max_w, formula(t)), KAPPA[name], norm)
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(parts["loss"], got.detach())
         torch.testing.assert_close(sum(v for k, v in parts.items() if k != "loss"), got.detach())
@@ -463,19 +372,22 @@ def test_loss_equals_the_plain_version_in_value_and_gradient(normalize, name, ma
 
 
 @few
-@given(st.lists(st.tuples(PROMPTS, TEXT, TEXT, st.floats(0, 0.999)), min_size=1, max_size=4), st.integers(0, 99))
-def test_loss_equals_the_plain_version_on_anything(batch, seed):
-    lengths = [len(x1) for _, _, x1, _ in batch]
-    batch, model = draw_batch(batch, seed), Tiny(seed)
+@given(
+    st.lists(st.tuples(PROMPTS, TEXT, TEXT, st.floats(0, 0.999), SUFFIX), min_size=1, max_size=4), st.integers(0, 99)
+)
+def test_loss_equals_the_plain_version_on_anything(cases, seed):
+    batch, model = draw_batch(cases, seed), tiny_model(seed, clock=seed % 2 == 0)
     got, _ = editflow.loss(model, batch)
-    expected = plain_loss(model, batch, lambda t: min(20.0, 1 / (1 - t)), lengths)
+    lengths = [max(1, len(x1)) for _, _, x1, _, _ in cases]
+    expected = plain_loss(model, batch, cases, lambda t: min(20.0, 1 / (1 - t)), lambda t: t, lengths)
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("clock", [False, True])
 @pytest.mark.parametrize("bias", [-1e30, -1e4, -60.0, 60.0, 1e4, 1e30])
-def test_extreme_rate_logits_give_finite_losses_and_gradients(bias):
-    model = Tiny(rate_bias=bias)
-    value, _ = editflow.loss(model, draw_batch(MIXED))
+def test_extreme_rate_logits_give_finite_losses_and_gradients(bias, clock):
+    model = tiny_model(clock=clock, rate_bias=bias)
+    value, _ = editflow.loss(model, draw_batch([*MIXED, ([BOS], [1], [2, 1], 1.0)]))  # nothing remains at t = 1
     value.backward()
     assert value.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -493,96 +405,20 @@ def test_log_softplus_is_its_name_and_never_loses_its_gradient():
     torch.testing.assert_close(torch.autograd.grad(value.sum(), raw)[0], torch.tensor(slope), rtol=1e-5, atol=1e-6)
 
 
+def test_a_clock_begins_with_changing_little_and_ends_all_rates_with_the_survival():
+    model, h = tiny_model(clock=True), torch.randn(5, 12, generator=seeded(0))
+    model.init_heads(seeded(1))
+    s = torch.tensor([1.0, 0.5, 0.1, 1e-4, 0.0])
+    torch.testing.assert_close(model.at(h, s), h, rtol=0, atol=0)
+    factor = (model.log_rates(h, s).exp() / F.softplus(model.rate_heads[0](h))).mean(1)
+    torch.testing.assert_close(factor, 1 / (1 + math.exp(-4) / s), rtol=1e-4, atol=0)
+    assert (factor[:3] > 0.8).all()
+    assert factor[3] < 0.01
+    assert factor[4] == 0
+
+
 # ---------------------------------------------------------------------------------------------------- the true rates
 
-LOW = -80.0  # a logit for "never"
-WIDTH, LONGEST = 3 + 2 * V, 8
-
-
-class Tabular(nn.Module):
-    """One free row per text and token: three rate logits, V substitution logits, V insertion logits.
-
-    The heads only pick their columns. `table` [S, LONGEST, WIDTH]; a text that has no entry gets rates of zero.
-    """
-
-    def __init__(self, texts, table, name="linear", table_at=None):
-        super().__init__()
-        self.schedule, self.depends_on_t = name, table_at is not None
-        self.keys = torch.tensor([self.key(Ragged.pack([text]))[0] for text in texts])
-        self.table, self.table_at, self.calls = nn.Parameter(table), table_at, []
-        self.rate_heads = nn.Sequential(self.pick(0, 3), nn.Softplus())
-        self.sub_logits, self.ins_logits = self.pick(3, V), self.pick(3 + V, V)
-
-    @staticmethod
-    def pick(first, n):
-        head = nn.Linear(WIDTH, n, bias=False).requires_grad_(False)
-        head.weight.copy_(torch.eye(WIDTH)[first : first + n])
-        return head
-
-    @staticmethod
-    def key(x):
-        digit = (x.ids + 1) * (V + 1) ** x.positions
-        return torch.zeros(len(x), dtype=torch.int64).index_add_(0, x.batch, digit)
-
-    def forward(self, x, t=None):
-        if self.table_at:
-            self.calls.append(float(t[0]))
-            self.table.data = self.table_at(float(t[0]))
-        known = self.keys == self.key(x)[:, None]  # [B, S]
-        state = torch.where(known.any(1), known.long().argmax(1), len(self.table) - 1)[x.batch]
-        return self.table[state, x.positions.clamp_max(LONGEST - 1)]
-
-
-def table_of(texts, rates):
-    """Logits [S + 1, LONGEST, WIDTH] whose rates and distributions are these expected counts; the last row is LOW."""
-    table = torch.full((len(texts) + 1, LONGEST, WIDTH), LOW, dtype=torch.float64)
-    for s, text in enumerate(texts):
-        total = Counter()
-        for (kind, row, token), count in rates.get(text, {}).items():
-            total[kind, row] += count
-            if token is not None:
-                table[s, row, token + {"sub": 3, "ins": 3 + V}[kind]] = math.log(count)
-        for (kind, row), count in total.items():
-            table[s, row, ("sub", "del", "ins").index(kind)] = count + math.log(-math.expm1(-count))  # softplus^-1
-    return table.float()
-
-
-def every_path(x0, data):
-    """Every (x1, flips), as often as its probability at kappa = 1/2 says: a batch whose loss is the expectation.
-
-    data: {x1: how many sixteenths}. Rows are [(text, edits, len(x1))].
-    """
-    aligned = {x1: columns(x0, x1) for x1 in data}
-    most = max(map(len, aligned.values()))
-    rows = []
-    for x1, n in data.items():
-        copies = n * 2 ** (most - len(aligned[x1]))
-        for flips in itertools.product((0, 1), repeat=len(aligned[x1])):
-            rows += [(*half_way(PROMPT, aligned[x1], flips), len(x1))] * copies
-    return rows
-
-
-def as_batch(rows, t, w, normalize=False):
-    x = Ragged.pack([text for text, _, _ in rows])
-    start = x.cu_seqlens.tolist()
-    flat = [(kind, start[b] + row, token) for b, (_, edits, _) in enumerate(rows) for kind, row, token in edits]
-    pick = {k: [e for e in flat if e[0] == k] for k in ("ins", "sub", "del")}
-    column = lambda kind, i: torch.tensor([e[i] for e in pick[kind]], dtype=torch.int64)  # noqa: E731
-    return PathBatch(
-        x=x,
-        t=torch.full((len(rows),), t),
-        w=torch.full((len(rows),), w),
-        norm=torch.tensor([float(max(1, n)) if normalize else 1.0 for _, _, n in rows]),
-        prompt_len=torch.full((len(rows),), len(PROMPT)),
-        ins_row=column("ins", 1),
-        ins_token=column("ins", 2),
-        sub_row=column("sub", 1),
-        sub_token=column("sub", 2),
-        del_row=column("del", 1),
-    )
-
-
-SIXTEENTHS = {x1: round(16 * p) for x1, p in DATA.items()}
 HALF = {"linear": 0.5, "cubic": 0.5 ** (1 / 3)}  # the time at which kappa is 1/2
 
 
@@ -591,9 +427,9 @@ HALF = {"linear": 0.5, "cubic": 0.5 ** (1 / 3)}  # the time at which kappa is 1/
 def test_the_true_posterior_rates_minimise_the_loss(start, name):
     x0, t = STARTS[start], HALF[name]
     w = {"linear": 2.0, "cubic": 3 * t**2 / 0.5}[name]
-    states = posterior(x0, 0.5)
+    states = posterior(start, 0.5)
     rates = {x: counts for x, (_, counts) in states.items()}
-    batch = as_batch(every_path(x0, SIXTEENTHS), t, w)
+    batch = as_batch(every_path(x0, DATA, w), 0.5, w)
     truth = table_of(list(states), rates)
     model = Tabular(list(states), truth)
 
@@ -621,28 +457,26 @@ def test_the_true_posterior_rates_minimise_the_loss(start, name):
             assert expected_loss() > best + 1e-4 * size
 
     # other plausible rates are not stationary: those of another time, those of the most likely target alone
-    for wrong in (posterior(x0, 0.8), posterior(x0, 0.5, {(1, 2): 1.0})):
+    for wrong in (posterior(start, 0.8), posterior(start, 0.5, {(1, 2): 1.0})):
         model.table.data = table_of(list(states), {x: counts for x, (_, counts) in wrong.items()})
         assert expected_loss() > best + 1e-3
 
 
 def test_dividing_by_the_length_weighs_targets_by_its_inverse():
-    """normalize=True learns the rates of the law p(x1) / |x1|, rescaled: short targets count for more."""
-    x0 = STARTS["masks"]
-    batch = as_batch(every_path(x0, SIXTEENTHS), 0.5, 2.0, normalize=True)
+    """normalize="length" learns the rates of the law p(x1) / |x1|, rescaled: short targets count for more."""
+    batch = as_batch(every_path(STARTS["masks"], DATA, 2.0), 0.5, 2.0, normalize=True)
     tilted = {x1: p / max(1, len(x1)) for x1, p in DATA.items()}
-    texts = list(posterior(x0, 0.5))
+    texts = list(posterior("masks", 0.5))
     for data, stationary in ((tilted, True), (DATA, False)):
-        model = Tabular(texts, table_of(texts, {x: c for x, (_, c) in posterior(x0, 0.5, data).items()}))
+        model = Tabular(texts, table_of(texts, {x: c for x, (_, c) in posterior("masks", 0.5, data).items()}))
         value, _ = editflow.loss(model, batch)
         (gradient,) = torch.autograd.grad(value, model.table)
         assert (gradient.abs().max() < 1e-5) == stationary
 
 
 def test_training_a_table_finds_the_true_rates():
-    x0 = STARTS["draft"]
-    states = posterior(x0, 0.5)
-    batch = as_batch(every_path(x0, SIXTEENTHS), 0.5, 2.0)
+    states = posterior("draft", 0.5)
+    batch = as_batch(every_path(STARTS["draft"], DATA, 2.0), 0.5, 2.0)
     truth = table_of(list(states), {x: counts for x, (_, counts) in states.items()})
     model = Tabular(list(states), torch.zeros_like(truth))
     optimizer = torch.optim.Adam([model.table], lr=0.3)
@@ -651,24 +485,12 @@ def test_training_a_table_finds_the_true_rates():
         optimizer.zero_grad()
         editflow.loss(model, batch)[0].backward()
         optimizer.step()
-    for s, text in enumerate(states):
-        learned, true = (F.softplus(z[s, len(PROMPT) : len(text), :3]) for z in (model.table.detach(), truth))
+    for i, text in enumerate(states):
+        learned, true = (z[i, len(PROMPT) : len(text), :3].exp() for z in (model.table.detach(), truth))
         torch.testing.assert_close(learned, true, atol=0.02, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------- sampling
-
-
-def true_model(start, name):
-    """The time-conditioned model that knows the posterior of DATA."""
-    texts = list(posterior(STARTS[start], 0.5))
-    table_at = functools.cache(lambda t: table_of(texts, rates_at(start, name, t)))
-    return Tabular(texts, table_at(0.0), name, table_at)
-
-
-def draw_texts(start, name, steps, n):
-    sampled = sample(true_model(start, name), [list(PROMPT)] * n, x0=[list(STARTS[start])] * n, steps=steps)
-    return Counter(tuple(s.response) for s in sampled)
 
 
 def against_data(counts):
@@ -684,7 +506,7 @@ def test_few_steps_have_exactly_the_law_of_tau_leaping(start, name):
     """Far from the data, and just as far as the enumerated chain says."""
     for steps in (1, 2, 5):
         counts = draw_texts(start, name, steps, 4000)
-        law = run_chain(start, name, steps)
+        law = run_chain(start, name, steps)[-1]
         assert counts.keys() <= {x for x, p in law.items() if p > 0}
         assert chi_square(counts, law) > 1e-3
         outside, p = against_data(counts)
@@ -701,38 +523,19 @@ def test_the_true_rates_sample_the_data_as_tau_goes_to_0(start, name):
     assert p > 1e-3
 
 
-@functools.cache
-def real_model(time_conditioned=False, rates=0.0):
-    """A random transformer. In float64, so that rounding, which may depend on the batch, never decides an edit."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    backbone = models.backbone(models.DecoderConfig("llama", V, **sizes))
-    model = editflow.Model(backbone, 16, V, stored={"time_conditioned": time_conditioned})
-    model.schedule = "linear"
-    models.init_weights(model, seeded(1))
-    model.init_heads(seeded(1))
-    nn.init.normal_(model.rate_heads[0].weight, generator=seeded(2))
-    nn.init.constant_(model.rate_heads[0].bias, rates)
-    return model.eval() if time_conditioned else model.double().eval()
-
-
-class Steps(list):
-    """on_step, remembering."""
-
-    def __call__(self, t, x, op, sub_token, ins_token, label):
-        self.append(SimpleNamespace(t=t, x=x, op=op, sub_token=sub_token, ins_token=ins_token, label=label))
-
-
 CASES = st.lists(st.tuples(PROMPTS, TEXT, st.integers(0, 2**40)), min_size=1, max_size=5, unique_by=lambda c: c[2])
+OPTIONS = [{}, {"temperature": 0}, {"temperature": 0.7, "top_k": 3, "top_p": 0.8}, {"guidance": 0.7}, CORRECTED]
 
 
 @few
-@given(CASES, st.randoms(), st.sampled_from([{}, {"temperature": 0}, {"temperature": 0.7, "top_k": 3, "top_p": 0.8}]))
+@given(CASES, st.randoms(), st.sampled_from(OPTIONS))
 def test_a_text_does_not_depend_on_its_batch(cases, random, options):
     def texts(cases):
         prompts, x0, seeds = (list(z) for z in zip(*cases))
+        x0 = [[MASK] * 2 for _ in x0] if "corrector" in options else x0
         return [
             (tuple(s.response), s.details | {"left_over": round(s.details["left_over"], 4)})
-            for s in sample(real_model(), prompts, x0=x0, seeds=seeds, steps=6, **options)
+            for s in sample(real_model(clock=True), prompts, x0=x0, seeds=seeds, steps=6, **options)
         ]
 
     together = texts(cases)
@@ -779,11 +582,11 @@ def test_top_k_1_and_temperature_0_take_the_most_likely_token():
     greedy = sample_ten(real_model(), steps=10, temperature=0)
     assert greedy == sample_ten(real_model(), steps=10, top_k=1) == sample_ten(real_model(), steps=10, top_p=1e-9)
     assert greedy != sample_ten(real_model(), steps=10)
-    seen, model = Steps(), real_model()
+    seen, model = Steps(), real_model(clock=True)
     sample_ten(model, steps=10, temperature=0, on_step=seen)
     checked = 0
     for s in seen:
-        hidden = model(s.x, torch.full((10,), s.t))
+        hidden = model.at(model(s.x), torch.full((len(s.x.ids),), 1 - s.t))
         for token, head in ((s.sub_token, model.sub_logits), (s.ins_token, model.ins_logits)):
             rows = token != GAP
             assert token[rows].tolist() == head(hidden[rows]).argmax(-1).tolist()
@@ -791,10 +594,11 @@ def test_top_k_1_and_temperature_0_take_the_most_likely_token():
     assert checked > 20
 
 
+@pytest.mark.parametrize("clock", [False, True])
 @pytest.mark.parametrize("rates", [-2.0, -5.0, -9.0])
-def test_only_texts_that_have_changed_are_read_again(rates, monkeypatch):
-    model, read, seen = real_model(rates=rates), [], Steps()
-    read_again = lambda x, t: read.append(x.unpack()) or editflow.Model.forward(model, x, t)  # noqa: E731
+def test_only_texts_that_have_changed_are_read_again(rates, clock, monkeypatch):
+    model, read, seen = real_model(clock, rates), [], Steps()
+    read_again = lambda x: read.append(x.unpack()) or editflow.Model.forward(model, x)  # noqa: E731
     monkeypatch.setattr(model, "forward", read_again)
     prompts, x0 = [[BOS, 2], [BOS], [BOS, 3]], [[1, 2, 3], [], [4] * 6]
     sampled = sample(model, prompts, x0=x0, steps=20, on_step=seen)
@@ -808,18 +612,13 @@ def test_only_texts_that_have_changed_are_read_again(rates, monkeypatch):
     assert partial or rates == -9.0
 
 
-@pytest.mark.parametrize("rates", [-1.0, -9.0])
-def test_a_time_conditioned_model_reads_every_text_at_every_t(rates, monkeypatch):
-    model, times = real_model(time_conditioned=True, rates=rates), []
-
-    def forward(x, t):
-        assert (len(x), t.shape) == (2, (2,))
-        times.append(t.unique().item())
-        return editflow.Model.forward(model, x, t)
-
-    monkeypatch.setattr(model, "forward", forward)
-    sample(model, [[BOS], [BOS, 2]], x0=[[], [1]], steps=8)
-    assert times == [k / 8 for k in range(9)]  # the last for what is left over
+def test_texts_that_are_not_read_again_get_the_rates_of_every_t(monkeypatch):
+    model, asked = real_model(clock=True, rates=-99.0), []
+    monkeypatch.setattr(
+        model, "log_rates", lambda h, s: asked.append(s.tolist()) or editflow.Model.log_rates(model, h, s)
+    )
+    sample(model, [[BOS], [BOS, 2]], x0=[[], [1]], steps=4)
+    assert asked == [[s] * 4 for s in (1, 0.75, 0.5, 0.25, 0.25)]  # the last for what is left over
 
 
 class Scripted(nn.Module):
@@ -829,12 +628,17 @@ class Scripted(nn.Module):
         super().__init__()
         self.schedule = "cubic"
         self.rates = nn.Parameter(torch.tensor([sub, delete, ins]))
-        self.rate_heads = lambda hidden: self.rates.expand(len(hidden), 3)
         self.sub_logits = lambda hidden: 50 * F.one_hot(torch.full((len(hidden),), 3), V).float()
         self.ins_logits = lambda hidden: 50 * F.one_hot(torch.full((len(hidden),), 4), V).float()
 
-    def forward(self, x, t):
+    def forward(self, x):
         return torch.zeros(len(x.ids), 1)
+
+    def at(self, h, s):
+        return h
+
+    def log_rates(self, h, s):
+        return self.rates.log().expand(len(h), 3)
 
 
 def responses(model, x0, **options):
@@ -872,12 +676,12 @@ def test_left_over_insertions_are_counted():
     for x0, seed in itertools.product(([], [1, 2, 3]), range(3)):
         (one,) = sample(Scripted(ins=2.5), [[BOS, 1, 1]], x0=[x0], steps=2, seeds=[seed])
         assert math.isclose(one.details["left_over"], 2.5 * (len(one.response) + 1), rel_tol=1e-6)
-    done, unfinished = (sample(true_model("empty", "linear"), [list(PROMPT)], x0=[[]], steps=s)[0] for s in (100, 1))
+    done, unfinished = (sample(knowing("empty"), [list(PROMPT)], x0=[[]], steps=s, seeds=[1])[0] for s in (100, 2))
     assert done.details["left_over"] < 0.01
-    expected = rates_at("empty", "linear", 1.0)[PROMPT + tuple(unfinished.response)]
+    expected = true_rates("empty", 0.5)[PROMPT + tuple(unfinished.response)]
     total = sum(c for (kind, _, _), c in expected.items() if kind == "ins")
     assert math.isclose(unfinished.details["left_over"], total, abs_tol=1e-4)
-    nothing = {"substitutions": 0, "deletions": 0, "insertions": 0, "left_over": 0.0}
+    nothing = {"substitutions": 0, "deletions": 0, "insertions": 0, "taken_back": 0, "left_over": 0.0}
     (one,) = sample(Scripted(), [[BOS]], x0=[[1]], steps=3)
     assert (one.response, one.tokens, one.passes, one.details, one.note) == ([1], [1], {"steps": 3}, nothing, "")
 
@@ -957,52 +761,10 @@ def test_a_text_never_outgrows_the_model():
     assert [len(s.response) for s in sampled] == [10, 11]
 
 
-# ---------------------------------------------------------------------------------------------------- time
-
-
-def test_time_conditioning_starts_as_a_no_op_and_then_works_per_sequence():
-    model = real_model.__wrapped__(time_conditioned=True)
-    x = Ragged.pack([[BOS, 1, 2, 3, 4], [BOS, 4, 3, 2, 1, 1, 2]])
-    assert torch.equal(model(x, torch.tensor([0.1, 0.9])), model.model(x))
-    (model(x, torch.tensor([0.1, 0.9])).sum()).backward()
-    assert model.time_embed[2].weight.grad.abs().max() > 0, "and yet it can learn"
-    nn.init.normal_(model.time_embed[2].weight, generator=seeded(0))
-    a, b = model(x, torch.tensor([0.1, 0.9])), model(x, torch.tensor([0.1, 0.3]))
-    assert torch.equal(a[:5], b[:5])
-    assert (a[5:] - b[5:]).abs().min(1).values.max() > 1e-4
-
-
-def test_time_features_tell_close_times_apart():
-    f = editflow.time_features(torch.linspace(0, 1, 1001))
-    assert f.shape == (1001, editflow.TIME_FEATURES)
-    assert f.dtype == torch.float32
-    assert (f[1:] - f[:-1]).norm(dim=1).min() > 0.5
-
-
-class Fixed(nn.Module):
-    """The same rates everywhere and at all times, and no opinion on tokens."""
-
-    has_clock = False
-
-    def __init__(self, sub: float, delete: float, ins: float):
-        super().__init__()
-        self.rates = nn.Parameter(torch.tensor([sub, delete, ins]))
-        self.sub_logits = self.ins_logits = lambda hidden: torch.zeros(len(hidden), V)
-
-    def forward(self, x):
-        return torch.zeros(len(x.ids), 1)
-
-    def at(self, h, s):
-        return h
-
-    def log_rates(self, h, s):
-        return self.rates.log().expand(len(h), 3)
-
-
 def test_a_token_and_the_one_inserted_behind_it_are_drawn_independently():
-    n = 4000
-    schedule = editflow.parse_schedule("linear")
-    (text,) = editflow.sample(Fixed(1.0, 0.0, 1.0), [[BOS]], [[1] * n], schedule=schedule, steps=1)
+    n, model = 4000, Scripted(sub=1.0, ins=1.0)
+    model.sub_logits = model.ins_logits = lambda hidden: torch.zeros(len(hidden), V)
+    (text,) = sample(model, [[BOS]], x0=[[1] * n], steps=1)
     pairs = list(zip(text.response[1::2], text.response[2::2]))  # the first was inserted behind the prompt
     assert len(pairs) == n
     equal = sum(a == b for a, b in pairs)
@@ -1010,14 +772,13 @@ def test_a_token_and_the_one_inserted_behind_it_are_drawn_independently():
 
 
 def test_only_insertions_are_left_over():
-    schedule = editflow.parse_schedule("linear")
-    (text,) = editflow.sample(Fixed(0.5, 0.25, 2.5), [[BOS, 1]], [[1, 2, 3]], schedule=schedule, steps=2)
+    (text,) = sample(Scripted(sub=0.5, delete=0.25, ins=2.5), [[BOS, 1]], x0=[[1, 2, 3]], steps=2)
     assert text.details["left_over"] == pytest.approx(2.5 * (len(text.response) + 1))
 
 
 def test_the_rate_of_a_remaining_edit_grows_with_its_flipped_neighbours_and_weighs_its_loss():
-    x1, t, schedule = [1, 2, 3, 4] * 10, torch.tensor([0.5]), editflow.parse_schedule("linear")
-    batch = editflow.path([[BOS]], [[]], [list(range(100, 140))], t, schedule, seeded(0), propagation=1.0)
+    x1, t, schedule = [1, 2, 3, 4] * 10, torch.tensor([0.5]), parse_schedule("linear")
+    batch = path([[BOS]], [[]], [list(range(100, 140))], t, schedule, seeded(0), propagation=1.0)
     there = set(batch.x.ids.tolist())
     remaining = [token for token in range(100, 140) if token not in there]
     rates = [2.0 + len({token - 1, token + 1} & there) for token in remaining]  # w(0.5) = 2
@@ -1025,7 +786,7 @@ def test_the_rate_of_a_remaining_edit_grows_with_its_flipped_neighbours_and_weig
     assert batch.token.tolist() == remaining
     assert batch.rate.tolist() == pytest.approx(rates)
 
-    batch = editflow.path([[BOS]], [[MASK] * 20], [x1], t, schedule, seeded(0))
+    batch = path([[BOS]], [[MASK] * 20], [x1], t, schedule, seeded(0))
     heavier = dataclasses.replace(batch, rate=3 * batch.rate)
     (_, once), (_, thrice) = (editflow.loss(real_model(), b) for b in (batch, heavier))
     for name in ("loss_sub", "loss_ins"):

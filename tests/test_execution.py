@@ -85,12 +85,15 @@ def test_solutions_pass_and_wrong_ones_fail(problem):
         ("class passed(Exception): ...\nraise passed", "passed: "),
         ("raise ValueError('y' * 10**6 + '\\nsecond line')", "ValueError: " + "y" * 100),
         ("raise ValueError('\\U0001f600' * 10**6)", "ValueError: " + "\U0001f600" * 100),
+        ("import sys\nsys.exit(0)", "SystemExit: 0"),
+        ("exit()", "SystemExit: None"),
+        ("import os, sys\nsys.stdout.write('passed')\nsys.stdout.flush()\nos._exit(0)", ENDED),
+        ("import atexit, os\natexit.register(os._exit, 0)\nraise SystemExit(0)", "SystemExit: 0"),
     ],
 )
 def test_broken_programs_fail_with_a_short_reason(program, expected):
     found = verdict(program, "f(1)")
     assert found.startswith(expected)
-    assert found is not None
     assert len(found) <= execution.REASON_LENGTH
     assert "\n" not in found
 
@@ -107,19 +110,6 @@ def test_broken_programs_fail_with_a_short_reason(program, expected):
 )
 def test_hanging_programs_are_stopped(program):
     assert verdict(program, timeout=0.5) == "timed out after 0.5 s"
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import sys\nsys.exit(0)",
-        "exit()",
-        "import os, sys\nsys.stdout.write('passed')\nsys.stdout.flush()\nos._exit(0)",
-        "import atexit, os\natexit.register(os._exit, 0)\nraise SystemExit(0)",
-    ],
-)
-def test_leaving_before_the_tests_is_failing(program):
-    assert verdict(program) in ("SystemExit: 0", "SystemExit: None", ENDED)
 
 
 # Programs that want to be judged right without being so. In the process of the tests f must give 4 for 2 and 9 for 3.
@@ -215,7 +205,6 @@ def test_verdicts_cannot_be_forged(name):
 
 def test_what_the_forgeries_are_up_against_can_be_passed():
     assert verdict("def f(x): return x * x", TESTS) is None
-    assert len(FORGERIES) >= 40
 
 
 AS_ANOTHER = """
@@ -274,15 +263,22 @@ def test_what_stands_for_plain_data_arrives_as_such():
         assert list(execution.decode(execution.encode(iterable))) == [1, 2]
 
 
-def test_errors_reach_the_tests_by_their_type():
-    tests = "try: f(0)\nexcept ZeroDivisionError as e: assert str(e) == 'division by zero'\nelse: raise ValueError"
-    assert verdict("def f(x): return 1 / x", tests) is None
-    assert verdict("def f(x): return {}[x]", "f(1)") == "KeyError: 1"
+TRY = "try: f(0)\nexcept ZeroDivisionError as e: assert str(e) == 'division by zero'\nelse: raise ValueError"
+NUMPY = "import numpy as np\ndef f(n): return (np.ones((n, n)) @ np.ones((n, n))).sum()"
 
 
-def test_arguments_are_copies_and_keywords_are_passed():
-    tests = "x = [1]\nassert f(x, k=2) == [1, 2]\nassert x == [1]"
-    assert verdict("def f(x, k):\n    x.append(k)\n    return x", tests) is None
+@pytest.mark.parametrize(
+    ("program", "tests", "found"),
+    [
+        ("def f(x): return 1 / x", TRY, None),
+        ("def f(x): return {}[x]", "f(1)", "KeyError: 1"),
+        ("def f(x, k):\n    x.append(k)\n    return x", "x = [1]\nassert f(x, k=2) == [1, 2]\nassert x == [1]", None),
+        (NUMPY, "assert f(9) == 729", None),
+    ],
+    ids=["errors by their type", "their text", "copies of arguments, and keywords", "numbers of numpy's"],
+)
+def test_what_reaches_the_tests(program, tests, found):
+    assert verdict(program, tests) == found
 
 
 def test_memory_and_files_are_bounded():
@@ -418,11 +414,6 @@ def test_no_input_no_secrets_and_the_same_order_every_time(monkeypatch):
     program = "import sys, os\ndef f(): return sys.stdin.read(), dict(os.environ)"
     assert verdict(program, "text, names = f()\nassert text == '' and names and 'API_KEY' not in names") is None
     assert len({verdict("raise ValueError({'a', 'b', 'c', 'd', 'e', 'f', 'g'})") for _ in range(4)}) == 1
-
-
-def test_numpy_works_where_it_is_installed():
-    program = "import numpy as np\ndef f(n): return (np.ones((n, n)) @ np.ones((n, n))).sum()"
-    assert verdict(program, "assert f(9) == 729") is None
 
 
 ATTEMPTS = """

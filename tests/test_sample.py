@@ -366,7 +366,7 @@ def test_a_long_paste_is_one_message_and_complete(chat, saved):
         pytest.skip("libedit takes every line of a paste for a message")
     _, tokenizer = checkpoints.open_for_inference(saved["chat"], "cpu", False)
     for text in ("How are you? " * 500, "\n".join(f"Line {n} of many." for n in range(2000))):
-        tokens = len(data.encode_prompt([user(text.strip())], tokenizer))
+        tokens = len(data.encode_prompts([[user(text.strip())]], tokenizer)[0])
         chat.paste(text)
         chat.type("\r")
         chat.see(f"error: a prompt of {tokens} tokens")
@@ -403,7 +403,7 @@ def test_a_prompt_longer_than_the_positions(name, refused):
 def test_a_roberta_prompt_may_fill_the_positions_that_are_really_there(tmp_path, refused):
     """Two of its 20 positions are taken by the padding token's offset."""
     save_encoder(tmp_path, "medlm", "roberta", positions=20)
-    prompt = len(data.encode_prompt([user(PROMPT)], toy.tokenizer()))
+    prompt = len(data.encode_prompts([[user(PROMPT)]], toy.tokenizer())[0])
     sample.main(["--model_name_or_path", str(tmp_path), "--prompt", PROMPT, "--init_num", str(18 - prompt), "-e", "0"])
     assert "18 positions" in refused(tmp_path, "--prompt", PROMPT, "--init_num", 19 - prompt)
 

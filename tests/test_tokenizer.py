@@ -105,7 +105,7 @@ def test_saved_tokenizer_agrees_with_transformers(bpe, name, tmp_path):
     assert_same_ids_and_texts(ours, oracle, (CORPUS[:300], "größer 😀\t x", "a<|mask|> b<|im_end|>\n"))
     for prompt in (True, False):
         written = oracle.apply_chat_template(DIALOGUE, tokenize=False, add_generation_prompt=prompt)
-        assert ours.chat(DIALOGUE, prompt) == written
+        assert ours.write_chats([DIALOGUE], prompt)[0] == written
 
 
 def trained(kind: str):
@@ -175,7 +175,7 @@ def test_tokens_and_template_of_older_folders_are_found(bpe, tmp_path):
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.pad_id, tokenizer.decode([tokenizer.eos_id], False)) == (1, 0, "<|eos|>")
-    assert tokenizer.chat(DIALOGUE) == "D"
+    assert tokenizer.write_chats([DIALOGUE])[0] == "D"
     assert tokenizer.encode("<late>", control=True) == [bpe.vocab_size]
 
 
@@ -244,7 +244,7 @@ def test_what_a_tokenizer_refuses():
     with pytest.raises(ValueError, match="too small"):
         train_tokenizer([CORPUS], 100)
     with pytest.raises(ValueError, match="no chat template"):
-        toy.tokenizer().chat(DIALOGUE)
+        toy.tokenizer().write_chats([DIALOGUE])[0]
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_what_a_tokenizer_refuses():
 )
 def test_a_bad_chat_template_is_an_error_not_a_traceback_or_a_hole(bpe, template):
     with pytest.raises(ValueError, match="the chat template fails on these messages: "):
-        Tokenizer(bpe.backend, bpe.config, template).chat(DIALOGUE)
+        Tokenizer(bpe.backend, bpe.config, template).write_chats([DIALOGUE])[0]
 
 
 @pytest.mark.slow
@@ -339,7 +339,8 @@ def test_a_dialogue_without_control_tokens_has_the_ids_of_its_text(bpe, messages
     tokenizer = Tokenizer(bpe.backend, bpe.config, source)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(template, "render", in_process)
-        assert tokenizer.encode_chats([messages]) == [tokenizer.encode(tokenizer.chat(messages), control=True)]
+        texts = tokenizer.write_chats([messages])
+        assert tokenizer.encode_chats([messages]) == tokenizer.encode_batch(texts, control=True)
 
 
 @settings(deadline=None, max_examples=300)
@@ -352,7 +353,7 @@ def test_control_tokens_of_a_dialogue_are_those_of_its_template(bpe, messages, s
         patch.setattr(template, "render", in_process)
         ids, expected = tokenizer.encode_chats([messages, plain])
         assert [i for i in ids if i in names] == [i for i in expected if i in names]
-        assert tokenizer.decode(ids, skip_special=False) == tokenizer.chat(messages), "as written"
+        assert tokenizer.decode(ids, skip_special=False) == tokenizer.write_chats([messages])[0], "as written"
 
 
 def test_a_role_opens_no_other_turn(bpe):
@@ -406,7 +407,7 @@ def test_prompts_have_the_ids_of_the_published_processor(published, messages):
         text = "<|im_start|>" + message["role"] + "\n" + message["content"] + "<|im_end|>\n"
         ids += published.encode(text, control=True)
     ids += published.encode("<|im_start|>assistant\n", control=True)
-    assert data.encode_prompt(messages, published) == ids
+    assert data.encode_prompts([messages], published)[0] == ids
 
 
 def test_published_texts_begin_and_end_as_messages(published):
@@ -448,12 +449,12 @@ def test_published_edit_flows_checkpoints_write_dialogues_as_published(bpe, tmp_
     }
     for kind, text in written.items():
         (tmp_path / kind).mkdir()
-        assert load_tokenizer(published_folder(plain, tmp_path / kind, kind, None)).chat(messages) == text
+        assert load_tokenizer(published_folder(plain, tmp_path / kind, kind, None)).write_chats([messages])[0] == text
         kept = load_tokenizer(published_folder(plain, tmp_path / kind, kind, "{{ messages[0].content }}"))
-        assert kept.chat(messages) == "S", "a template that is there is kept"
+        assert kept.write_chats([messages])[0] == "S", "a template that is there is kept"
     thinking = TEMPLATES["thoughts are dropped"]
     tokenizer = load_tokenizer(published_folder(plain, tmp_path, "a2d-qwen3", thinking))
-    assert tokenizer.chat(messages).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert tokenizer.write_chats([messages])[0].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
 # ------------------------------------------------------------------------------------------- tokenizers are data, too

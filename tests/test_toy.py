@@ -17,7 +17,7 @@ def test_toy_prompts_and_responses_are_as_described():
     assert (len(train), len(test), len({*train, *test})) == (704, 304, 1008)
     lengths = set()
     for prompt in train + test:
-        ids = data.encode_prompt([{"role": "user", "content": prompt}], tokenizer)
+        ids = data.encode_prompts([[{"role": "user", "content": prompt}]], tokenizer)[0]
         assert (len(ids), ids[0]) == (8, tokenizer.bos_id)
         responses = toy.valid_responses(prompt)
         assert len(responses) == 18
