@@ -1,5 +1,6 @@
 """What editflow.py promises of its schedules, sources, paths, loss and sampler, held to the oracle of chains.py."""
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -760,30 +761,10 @@ def test_a_text_never_outgrows_the_model():
     assert [len(s.response) for s in sampled] == [10, 11]
 
 
-class Fixed(nn.Module):
-    """The same rates everywhere and at all times, and no opinion on tokens."""
-
-    has_clock = False
-
-    def __init__(self, sub: float, delete: float, ins: float):
-        super().__init__()
-        self.rates = nn.Parameter(torch.tensor([sub, delete, ins]))
-        self.sub_logits = self.ins_logits = lambda hidden: torch.zeros(len(hidden), V)
-
-    def forward(self, x):
-        return torch.zeros(len(x.ids), 1)
-
-    def at(self, h, s):
-        return h
-
-    def log_rates(self, h, s):
-        return self.rates.log().expand(len(h), 3)
-
-
 def test_a_token_and_the_one_inserted_behind_it_are_drawn_independently():
-    n = 4000
-    schedule = editflow.parse_schedule("linear")
-    (text,) = editflow.sample(Fixed(1.0, 0.0, 1.0), [[BOS]], [[1] * n], schedule=schedule, steps=1)
+    n, model = 4000, Scripted(sub=1.0, ins=1.0)
+    model.sub_logits = model.ins_logits = lambda hidden: torch.zeros(len(hidden), V)
+    (text,) = sample(model, [[BOS]], x0=[[1] * n], steps=1)
     pairs = list(zip(text.response[1::2], text.response[2::2]))  # the first was inserted behind the prompt
     assert len(pairs) == n
     equal = sum(a == b for a, b in pairs)
@@ -791,6 +772,22 @@ def test_a_token_and_the_one_inserted_behind_it_are_drawn_independently():
 
 
 def test_only_insertions_are_left_over():
-    schedule = editflow.parse_schedule("linear")
-    (text,) = editflow.sample(Fixed(0.5, 0.25, 2.5), [[BOS, 1]], [[1, 2, 3]], schedule=schedule, steps=2)
+    (text,) = sample(Scripted(sub=0.5, delete=0.25, ins=2.5), [[BOS, 1]], x0=[[1, 2, 3]], steps=2)
     assert text.details["left_over"] == pytest.approx(2.5 * (len(text.response) + 1))
+
+
+def test_the_rate_of_a_remaining_edit_grows_with_its_flipped_neighbours_and_weighs_its_loss():
+    x1, t, schedule = [1, 2, 3, 4] * 10, torch.tensor([0.5]), parse_schedule("linear")
+    batch = path([[BOS]], [[]], [list(range(100, 140))], t, schedule, seeded(0), propagation=1.0)
+    there = set(batch.x.ids.tolist())
+    remaining = [token for token in range(100, 140) if token not in there]
+    rates = [2.0 + len({token - 1, token + 1} & there) for token in remaining]  # w(0.5) = 2
+    assert set(rates) == {2.0, 3.0, 4.0}
+    assert batch.token.tolist() == remaining
+    assert batch.rate.tolist() == pytest.approx(rates)
+
+    batch = path([[BOS]], [[MASK] * 20], [x1], t, schedule, seeded(0))
+    heavier = dataclasses.replace(batch, rate=3 * batch.rate)
+    (_, once), (_, thrice) = (editflow.loss(real_model(), b) for b in (batch, heavier))
+    for name in ("loss_sub", "loss_ins"):
+        assert thrice[name].item() == pytest.approx(3 * once[name].item()) != 0
