@@ -24,20 +24,10 @@ class Model(nn.Module):
 
 def training_flags(f): ...
 def sampling_flags(f): ...
-def model_flags(f):
-    f.integer("--answer_length", low=1, help="tokens of an answer (default: the checkpoint's, or 24)")
-
-
-def remember(args, stored):
-    return {"answer_length": args.answer_length or stored.get("answer_length", 24)}
-
-
-def passes(settings):
-    return 1
-
-
-def start_length(settings):
-    return settings.answer_length
+def model_flags(f): f.integer("--answer_length", low=1, help="tokens of an answer (default: the checkpoint's, or 24)")
+def remember(args, stored): return {"answer_length": args.answer_length or stored.get("answer_length", 24)}
+def passes(settings): return 1
+def start_length(settings): return settings.answer_length
 
 
 def prepare(model, examples, settings, progress, rng, shared_rng) -> Ragged:
