@@ -30,7 +30,11 @@ import models
 import toy
 from edit_distance import edit_scripts
 from plumbing import checkpoints, cli, methods
+<<<<<<< HEAD
 from ragged import Ragged, editable, stratified
+=======
+from ragged import GAP, Ragged, editable, stratified
+>>>>>>> 22391822b9b70454098e4df5b5f619d4e4edd3c7
 
 
 def take_turns(contestants: dict, repeats: int, clock=time.perf_counter) -> dict:
@@ -147,6 +151,7 @@ def loss_on_all_rows(model, batch):
     """`editflow.loss` the plain way: both vocabulary heads on every token, [T, V] logits and their log-softmax."""
     s = batch.s[batch.x.batch]
     h = model.at(model(batch.x), s)
+<<<<<<< HEAD
     log_q = {kind: F.log_softmax(head(h), dim=-1) for kind, head in ((0, model.sub_logits), (2, model.ins_logits))}
     mean = (1 / batch.norm / len(batch.x))[batch.x.batch]
     log_lambda = model.log_rates(h, s)
@@ -157,6 +162,14 @@ def loss_on_all_rows(model, batch):
         of = batch.kind == kind
         total = total - (rate[of] * log[batch.row[of], batch.token[of]]).sum()
     return total, {}
+=======
+    log_sub, log_ins = (F.log_softmax(head(h), dim=-1) for head in (model.sub_logits, model.ins_logits))
+    w = (batch.w / batch.norm / len(batch.x))[batch.x.batch]
+    log_lambda, row, kind, token = model.log_rates(h, s), batch.row, batch.kind, batch.token
+    log_q = torch.where(kind == editflow.INSERT, log_ins[row, token], log_sub[row, token]) * (token != GAP)
+    total = (w[:, None] * log_lambda.exp() * editable(batch.x)).sum()
+    return total - (w[row] * (log_lambda[row, kind] + log_q)).sum(), {}
+>>>>>>> 22391822b9b70454098e4df5b5f619d4e4edd3c7
 
 
 def peak_memory(work) -> float:
@@ -194,7 +207,12 @@ def bench_loss(args):
     torch.set_num_threads(args.threads)
     values = {name: work() for name, work in contestants.items()}
     seconds = take_turns(contestants, args.repeats)
+<<<<<<< HEAD
     rows = [sum(len(batch.row[batch.kind == kind].unique()) for kind in (0, 2)), 2 * len(batch.x.ids)]
+=======
+    projected = batch.kind != editflow.DELETE
+    rows = [len(torch.stack([batch.kind, batch.row])[:, projected].unique(dim=1)[0]), 2 * len(batch.x.ids)]
+>>>>>>> 22391822b9b70454098e4df5b5f619d4e4edd3c7
     print(f"{len(batch.x)} sequences, {len(batch.x.ids)} tokens, V = {args.vocab}, {args.threads} threads, float32")
     print("vocabulary heads on    head rows      loss   ms / step   peak MB")
     for name, n in zip(contestants, rows):

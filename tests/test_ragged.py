@@ -266,3 +266,12 @@ def test_weighted_nll_never_holds_all_logits(monkeypatch):
     with Watch():
         weighted_nll(hidden, head, row, token, weight).backward()
     assert largest <= 64 * 500
+
+
+def test_stratified_numbers_lie_one_in_each_stratum_in_random_order():
+    rng = torch.Generator().manual_seed(0)
+    many = torch.stack([ragged.stratified(5, 2.0, 3.0, rng) for _ in range(2000)])
+    stratum = ((many - 2.0) * 5).floor()
+    assert torch.equal(stratum.sort(dim=1).values, torch.arange(5.0).expand(2000, 5))
+    assert (stratum.mean(0) - 2).abs().max() < 0.2
+    assert ((many - 2.0) * 5 - stratum).mean().item() == pytest.approx(0.5, abs=0.02)

@@ -651,10 +651,10 @@ def test_the_optimizer_flags_reach_the_optimizer(tmp_path):
     """Gradients clipped to nearly nothing move nothing, where AdamW divides them by its epsilon; so what is left of a
     step is the weight decay."""
     kept, shrunk = (tmp_path / name for name in ("kept", "shrunk"))
-    flags = "--max_steps 1 --max_grad_norm 1e-16 --learning_rate 0.1 --eval_strategy no --adam_beta2 0.75 --seed 0"
+    flags = "--max_steps 1 --max_grad_norm 1e-16 --learning_rate 0.1 --eval_strategy no --adam_beta2 0.75 --seed 7"
     run("editflow", kept, flags)
     run("editflow", shrunk, f"{flags} --weight_decay 0.5")
-    new = checkpoints.new_model("editflow", "tiny", toy.tokenizer().vocab_size).model.state_dict()
+    new = checkpoints.new_model("editflow", "tiny", toy.tokenizer().vocab_size, seed=7).model.state_dict()
     for directory, share in ((kept, 1.0), (shrunk, 1 - 0.1 * 0.5)):
         for name, tensor in checkpoints.load(directory / "checkpoint-final").model.state_dict().items():
             expected = new[name] * (share if tensor.ndim > 1 else 1.0)
@@ -710,3 +710,24 @@ def test_every_held_out_example_counts_alike(tmp_path):
         method=SimpleNamespace(prepare=prepare, loss=lambda model, n: (n, {"twice": 2 * n})),
     )  # fmt: skip
     assert train.evaluate(one) == pytest.approx({"eval_loss": 9 / 5, "eval_twice": 18 / 5})
+
+
+def test_a_line_of_metrics_is_the_mean_over_the_steps_since_the_one_before(tmp_path):
+    for every in (1, 3):
+        run("medlm", tmp_path / str(every), f"--max_steps 6 --logging_steps {every} --eval_strategy no")
+    each, some = lines_of(tmp_path / "1"), lines_of(tmp_path / "3")
+    assert [line["step"] for line in some] == [3, 6]
+    for line, three in zip(some, (each[:3], each[3:])):
+        for name in ("loss", "grad_norm"):
+            assert line[name] == pytest.approx(sum(one[name] for one in three) / 3)
+
+
+def test_an_epoch_ends_with_an_evaluation(tmp_path):
+    run("editflow", tmp_path, "--num_train_epochs 2 --eval_strategy epoch")  # 48 examples, 8 to a step
+    assert [line["step"] for line in lines_of(tmp_path) if "eval_loss" in line] == [6, 12]
+
+
+def test_a_run_that_is_longer_than_asked_for_is_finished(tmp_path, capsys):
+    run("editflow", tmp_path, "--max_steps 3 --eval_strategy no")
+    assert run("editflow", tmp_path, "--max_steps 2 --eval_strategy no") == 0
+    assert "is finished, at step 3 of 2" in capsys.readouterr().err
