@@ -546,20 +546,16 @@ def take_back(
     lost = slot < (start - length)[:, None]  # [B, start]
     returning = (lost & (uniform_noise(seed[:, None], step, slot, 6) < undone)).sum(1)
     count = returning.index_add(0, x.batch, (op != KEEP).long())
-    last = prompt_len - 1 + length - torch.zeros_like(length).index_add_(0, x.batch, (op == DEL).long())
 
-    def edit(x, op, ins_token):
-        edits = op, torch.full_like(x.ids, GAP if mask_id is None else mask_id), ins_token
+    end, mask = prompt_len - 1 + length, GAP if mask_id is None else mask_id
+    while (op != KEEP).any() or returning.any():  # at a time, one mask for every text that lacks one: behind its end
+        back = returning > 0
+        sub_token, ins_token = torch.full_like(x.ids, mask), torch.full_like(x.ids, GAP)
+        ins_token[(x.cu_seqlens[:-1] + end)[back]] = mask
         if on_step is not None:
-            on_step(t, x, *edits, "back")
-        return apply_edits(x, *edits)
-
-    if (op != KEEP).any():
-        x = edit(x, op, torch.full_like(x.ids, GAP))
-    while (returns := returning > 0).any():  # one mask for every text that lacks one, behind its last token
-        end = (x.cu_seqlens[:-1] + last)[returns]
-        x = edit(x, torch.zeros_like(x.ids, dtype=torch.uint8), torch.full_like(x.ids, GAP).index_fill(0, end, mask_id))
-        last, returning = last + returns.long(), returning - returns.long()
+            on_step(t, x, op, sub_token, ins_token, "back")
+        x = apply_edits(x, op, sub_token, ins_token)
+        op, end, returning = torch.full_like(x.ids, KEEP).to(torch.uint8), end + back.long(), returning - back.long()
     return x, count
 
 
