@@ -58,6 +58,7 @@ from ragged import (
     Generated,
     Ragged,
     apply_edits,
+    check_prompts,
     editable,
     frozen_text,
     stratified,
@@ -289,8 +290,7 @@ def path(
     often); "batch", the mean of |x1| over the batch (no such bias in large batches); "constant", 1 (none).
     Raises ValueError for an empty prompt: its last token anchors insertions in front of the response.
     """
-    if not all(map(len, prompts)):
-        raise ValueError("every prompt needs at least one token (BOS): it anchors what is inserted in front")
+    check_prompts(prompts)
     suffixes = suffixes or [[]] * len(prompts)
     parts0, parts1 = (list(chain(*zip(prompts, side, suffixes, strict=True))) for side in (x0, x1))
     if substituted is not None:
@@ -317,7 +317,8 @@ def path(
     w = schedule.weight(t, max_w)
     rate = w[batch]
     if propagation:
-        rate = rate * (1 + propagation * flipped_neighbours(flipped, part) / schedule.weight(t, torch.inf)[batch])
+        scale = (max_w / schedule.weight(t, torch.inf)).clamp_max(1)  # 1 where w(t) is 0, too
+        rate = rate + propagation * flipped_neighbours(flipped, part) * scale[batch]
     length = torch.tensor([max(1, len(s)) for s in x1], dtype=torch.float32)
     norm = {"length": length, "batch": length.mean().expand(len(x1)), "constant": torch.ones(len(x1))}[normalize]
     remaining = row[remains], kind[remains], z1[remains], rate[remains].float()

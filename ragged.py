@@ -134,8 +134,7 @@ def frozen_text(prompts, middles, suffixes=None, keep=None, device=None) -> Ragg
     that are frozen as well; None for none. Raises ValueError for an empty prompt: its last token anchors what is
     inserted in front.
     """
-    if not all(map(len, prompts)):
-        raise ValueError("every prompt needs at least one token (BOS): it anchors what is inserted in front")
+    check_prompts(prompts)
     suffixes = suffixes or [[]] * len(prompts)
     keep = keep or [[False] * len(middle) for middle in middles]
     states = []
@@ -146,6 +145,12 @@ def frozen_text(prompts, middles, suffixes=None, keep=None, device=None) -> Ragg
         states += [FROZEN] * len(suffix)
     x = Ragged.pack([[*p, *m, *s] for p, m, s in zip(prompts, middles, suffixes, strict=True)], device)
     return replace(x, frozen=torch.tensor(states, dtype=torch.uint8, device=device))
+
+
+def check_prompts(prompts) -> None:
+    """Raises ValueError for an empty one."""
+    if not all(map(len, prompts)):
+        raise ValueError("every prompt needs at least one token (BOS): it anchors what is inserted in front")
 
 
 def editable(x: Ragged) -> Tensor:

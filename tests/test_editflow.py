@@ -791,3 +791,9 @@ def test_the_rate_of_a_remaining_edit_grows_with_its_flipped_neighbours_and_weig
     (_, once), (_, thrice) = (editflow.loss(real_model(), b) for b in (batch, heavier))
     for name in ("loss_sub", "loss_ins"):
         assert thrice[name].item() == pytest.approx(3 * once[name].item()) != 0
+
+
+def test_on_localized_paths_rates_are_finite_where_the_schedule_stands_still():
+    begun = path([[BOS]], [[1, 2]], [[2, 3, 4]], torch.zeros(1), parse_schedule("cubic"), seeded(0), propagation=2.0)
+    assert len(begun.rate) > 1
+    assert (begun.rate == 0).all()
