@@ -325,8 +325,7 @@ def prepare(model, tokenizer, args, name: str, samples: list[Sample]) -> tuple[d
         return [a | {"draft": d, "passes": text.passes} for a, d, text in zip(answers, drafts, texts)]
 
     prompts, drafts, suffixes = encode(samples)
-    prompts = [p + s for p, s in zip(prompts, suffixes)] if suffixes else prompts
-    methods.check_lengths(method, prompts, settings, drafts, names=[f"question {s.id}" for s in samples])
+    methods.check_lengths(method, prompts, settings, drafts, suffixes, [f"question {s.id}" for s in samples])
     return vars(settings) | written, generate
 
 

@@ -92,8 +92,7 @@ class Sampler:
 
     def generate(self, prompts, seeds, on_step=None, **given):
         """given: drafts, keep, suffixes."""
-        fixed = [p + s for p, s in zip(prompts, given.get("suffixes", [[]] * len(prompts)))]
-        methods.check_lengths(self.method, fixed, self.settings, given.get("drafts"))
+        methods.check_lengths(self.method, prompts, self.settings, given.get("drafts"), given.get("suffixes"))
         return self.method.generate(self.model, prompts, self.settings, seeds, **given, on_step=on_step)
 
     def trace(self, prompt: list[int], live=None) -> Trace:
@@ -145,9 +144,10 @@ def main(argv=None):
     if args.freeze:
         given["keep"] = frozen_tokens(sampler.tokenizer, given["drafts"], args.freeze)
     names = [f"the prompt {c[-1]['content'][:40]!r}" if c else "a prompt" for c, _, _ in jobs]
-    fixed = [ids + given.get("suffixes", []) for _, ids, _ in jobs]
-    drafts = [given["drafts"]] * len(jobs) if "drafts" in given else None
-    methods.check_lengths(sampler.method, fixed, sampler.settings, drafts, names)  # now, not when its batch comes up
+    starts = [[given[name]] * len(jobs) if name in given else None for name in ("drafts", "suffixes")]
+    prompts = [ids for _, ids, _ in jobs]
+    # now, and not when its batch comes up
+    methods.check_lengths(sampler.method, prompts, sampler.settings, *starts, names)
     trace, wanted = None, {file: WRITERS[flag] for flag, file in args.files.items() if flag in WRITERS}
     if args.show or wanted:
         trace = sampler.trace(jobs[0][1], live=sys.stdout if args.show else None)

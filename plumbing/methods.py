@@ -131,10 +131,15 @@ def special_tokens(method, tokenizer) -> dict[str, int | None]:
     return tokens
 
 
-def check_lengths(method, prompts: list, settings, drafts: list | None = None, names: list[str] | None = None) -> None:
-    """Raises ValueError for the first prompt whose start of a response would exceed the model's positions."""
+def check_lengths(
+    method, prompts: list, settings, drafts: list | None = None, suffixes: list | None = None,
+    names: list[str] | None = None,
+) -> None:  # fmt: skip
+    """Raises ValueError for the first prompt that, with the start of a response and the suffix, would exceed the
+    model's positions."""
     for i, prompt in enumerate(prompts):
         length = max(1, len(drafts[i])) if drafts else method.start_length(settings)
+        length += len(suffixes[i]) if suffixes else 0
         if len(prompt) + length > settings.max_positions:
             raise ValueError(
                 f"{names[i] if names else 'a prompt'} of {len(prompt)} tokens and {length} to start from exceed the "
