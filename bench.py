@@ -167,7 +167,10 @@ def peak_memory(work) -> float:
     process = multiprocessing.get_context("fork").Process(target=child, args=(theirs,))
     process.start()
     theirs.close()  # so that recv() ends, in an EOFError, with a child that has failed
-    return ours.recv()
+    try:
+        return ours.recv()
+    finally:
+        process.join()
 
 
 def bench_loss(args):

@@ -102,7 +102,7 @@ def check_writable(file: Path, name: str) -> None:
         with open(file, "ab"):
             pass
         if is_new:
-            file.unlink()
+            file.unlink(missing_ok=True)  # another process may have tried at the same time
     except OSError as e:
         raise OSError(f"{name}: cannot be written to ({e.strerror or e}); choose another") from None
 

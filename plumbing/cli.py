@@ -105,6 +105,10 @@ class Flags(argparse.ArgumentParser):
         self.usage = " ".join(["%(prog)s", *needed, "[flags]"])
         return super().format_help()
 
+    def print_help(self, file=None) -> None:
+        """argparse's own hides that nobody reads on."""
+        (file or sys.stdout).write(self.format_help())
+
     def group(self, title: str) -> None:
         self.section = self.add_argument_group(title)
 
